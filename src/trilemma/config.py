@@ -1,0 +1,353 @@
+"""Typed configuration: YAML plus `section.key=value` overrides, resolved once and written to the run.
+
+Every key is known: an unknown one is an error that names the nearest. `load_config` and `load_study` are the only readers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trilemma.errors import ConfigError, nearest
+
+CONFIG_VERSION = 1
+
+# A mixer is a name, or a mapping with "name" and the mixer's own options; a list is a pattern repeated over the layers.
+MixerSpec = str | dict[str, Any]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The architecture. `None` means: derived, and written out when the config is resolved."""
+
+    layout: Literal["encoder-decoder", "decoder-only", "encoder-only"] = "encoder-decoder"
+    vocab_size: int | None = Field(None, ge=1, description="entries of the vocabulary; None: from the tokenizer")
+    d_model: int = Field(256, ge=1)
+    d_ff: int | None = Field(None, ge=1, description="width of the feed-forward layer; None: 4 * d_model")
+    num_layers: int = Field(4, ge=1, description="layers of the decoder, or of the only stack")
+    encoder_layers: int | None = Field(None, ge=1, description="layers of the encoder; None: num_layers")
+    num_heads: int = Field(4, ge=1)
+    mixer: MixerSpec | list[MixerSpec] = "attention"
+    encoder_mixer: MixerSpec | list[MixerSpec] | None = None
+    cross_mixer: MixerSpec = "cross_attention"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = Field(1e-5, ge=0)
+    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    bias: bool = True
+    positions: Literal["none", "sinusoidal", "sinusoidal-t2t", "learned"] = "sinusoidal"
+    max_length: int | None = Field(None, ge=1, description="longest sequence that positions allow; needed by learned")
+    embedding_scale: bool = Field(True, description="multiply embeddings by sqrt(d_model)")
+    embedding_norm: bool = False
+    token_types: int = Field(0, ge=0)
+    tie_embeddings: bool = Field(True, description="the output projection is the input embedding")
+    share_embeddings: bool = Field(True, description="encoder and decoder use one embedding")
+    logit_bias: bool = False
+    dropout: float = Field(0.1, ge=0, lt=1)
+    prefix: bool = Field(False, description="decoder-only: the source part is read in both directions")
+    num_labels: int | None = Field(None, ge=2, description="encoder-only: classes; None: a masked language model")
+    pooling: Literal["first", "mean"] = "mean"
+
+
+class Source(Section):
+    """Where examples come from: files, or a generated task.
+
+    `path`: .txt, .tsv, .jsonl, .parquet (each also .gz/.zst); `source`+`target`: aligned text files;
+    `generated`: the name of an embedded task, with `size` examples and further `options`.
+    """
+
+    path: str | None = None
+    source: str | None = None
+    target: str | None = None
+    generated: str | None = None
+    size: int | None = Field(None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Source:
+        kinds = [self.path is not None, self.source is not None or self.target is not None, self.generated is not None]
+        if sum(kinds) != 1:
+            raise ValueError("give exactly one of: path, source with target, generated")
+        if (self.source is None) != (self.target is None):
+            raise ValueError("source and target go together")
+        return self
+
+
+class DataConfig(Section):
+    """What is learned, and from which text."""
+
+    task: Literal["seq2seq", "language-model", "classification", "masked-language-model"] = "seq2seq"
+    train: Source | list[Source] = Source(generated="numbers")
+    valid: Source | None = None
+    test: Source | None = None
+    source_language: str | None = None
+    target_language: str | None = None
+    lowercase: bool = False
+    max_source_length: int = Field(256, ge=1, description="tokens")
+    max_target_length: int = Field(256, ge=1, description="tokens")
+    context_length: int = Field(256, ge=1, description="tokens of a language-model row")
+    over_length: Literal["error", "drop"] = Field("error", description="training examples over the limits")
+    packing: bool = Field(True, description="language models: several documents in one row, with boundaries")
+
+
+class TokenizerConfig(Section):
+    """Trained in the same command, or brought along with kind: file."""
+
+    kind: Literal["bpe", "unigram", "byte", "character", "word", "file"] = "bpe"
+    vocab_size: int = Field(8000, ge=8)
+    path: str | None = Field(None, description="a tokenizer.json or a SentencePiece .model")
+    pretokenized: bool = Field(False, description="text is already tokenised: words are split at spaces only")
+
+
+class TrainingConfig(Section):
+    """The loop. At least one of steps, max_tokens, max_seconds ends it."""
+
+    steps: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="scored target tokens over the whole run")
+    max_seconds: float | None = Field(None, gt=0, description="seconds of training, summed over resumes")
+    batch_tokens: int = Field(4096, ge=1, description="padded tokens of one micro-batch, source and target counted")
+    accumulate: int = Field(1, ge=1, description="micro-batches of one optimizer step, over all processes")
+    learning_rate: float = Field(1e-3, gt=0, description="peak")
+    schedule: Literal["noam", "inverse-sqrt", "cosine", "warmup-stable-decay", "constant"] = "inverse-sqrt"
+    warmup_steps: int = Field(400, ge=0)
+    decay_fraction: float = Field(0.2, ge=0, le=1, description="warmup-stable-decay: last part of the steps")
+    final_ratio: float = Field(0.1, ge=0, le=1, description="cosine, warmup-stable-decay: last rate over peak")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    epsilon: float = Field(1e-9, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mask_fraction: float = Field(0.15, gt=0, lt=1, description="masked language model")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the exponential moving average")
+    average_last: int = Field(1, ge=1, description="checkpoints averaged into the final model")
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    checkpoint_every: int = Field(500, ge=1, description="steps")
+    keep_checkpoints: int = Field(3, ge=1)
+    validate_every: int | None = Field(None, ge=1, description="steps; None: at every checkpoint")
+    patience: int | None = Field(None, ge=1, description="validations without a better loss before stopping")
+    log_every: int = Field(20, ge=1, description="steps")
+
+
+class DecodingConfig(Section):
+    """How text is produced."""
+
+    method: Literal["greedy", "beam", "sample"] = "beam"
+    beam_size: int = Field(4, ge=1)
+    length_penalty: float = Field(0.6, description="alpha of ((5 + length) / 6) ** alpha")
+    n_best: int = Field(1, ge=1)
+    max_length: int | None = Field(None, ge=1, description="new tokens; None: max_ratio * source + max_extra")
+    max_ratio: float = Field(1.0, ge=0)
+    max_extra: int = Field(50, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int = 0
+    batch_tokens: int = Field(4096, ge=1)
+
+
+class RunConfig(Section):
+    """One model: everything that `trilemma train` needs, and all that a run's config.yaml holds."""
+
+    version: int = CONFIG_VERSION
+    name: str = "run"
+    seed: int = Field(1, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    notes: dict[str, str] = Field(default_factory=dict, description="automatic choices and their reasons")
+
+
+class Candidate(Section):
+    """One row of a comparison: a name, and what it changes in the base run."""
+
+    name: str
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    seeds: list[int] | None = Field(None, description="None: the study's")
+
+
+class Budget(Section):
+    """What is held equal."""
+
+    lock: Literal["tokens", "seconds", "flops"] = "tokens"
+    amount: float = Field(..., gt=0, description="training tokens, seconds or FLOPs of each run")
+    match_parameters: bool = Field(True, description="non-embedding parameters matched through d_ff, then depth")
+    tolerance: float = Field(0.02, gt=0, lt=1)
+
+
+class Controls(Section):
+    """Runs that show that the comparison itself can be trusted."""
+
+    same_twice: bool = Field(False, description="A/A: the reference again, with other seeds")
+    known_gap: dict[str, Any] | None = Field(None, description="overrides that must make the reference worse")
+
+
+class StudyConfig(Section):
+    """A comparison: candidates x learning rates x seeds under one budget."""
+
+    version: int = CONFIG_VERSION
+    name: str = "study"
+    base: RunConfig = RunConfig()
+    candidates: list[Candidate] = Field(..., min_length=1)
+    reference: str | None = Field(None, description="None: the first candidate")
+    budget: Budget
+    learning_rates: list[float] = Field(default_factory=list, description="empty: the base's, no sweep")
+    seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
+    controls: Controls = Controls()
+    metric: str | None = Field(None, description="None: by task (bleu, accuracy, bits_per_byte, exact_match)")
+    contexts: list[int] = Field(default_factory=lambda: [128, 512, 2048])
+    samples: int = Field(8, ge=0, description="outputs shown side by side")
+    price_per_hour: float | None = Field(None, gt=0)
+
+
+ConfigType = TypeVar("ConfigType", bound=Section)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file; `ConfigError` names file and line."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark is not None else str(file)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if value is None:
+        raise ConfigError(f"{file}: the file is empty")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: a mapping of sections is needed, found {type(value).__name__}")
+    return value
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with each `section.key=value` set; the value is read as YAML."""
+    result = _copy(values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f'override "{override}": write section.key=value')
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f'override "{override}": the value is not valid YAML') from None
+        set_key(result, key, value)
+    return result
+
+
+def set_key(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets `a.b.c` in nested mappings, in place."""
+    *parents, last = dotted.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = {"name": child} if isinstance(child, str) and parent.endswith("mixer") else {}
+            node[parent] = child
+        node = child
+    node[last] = value
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged; dotted keys in `changes` are allowed."""
+    result = _copy(base)
+    for key, value in changes.items():
+        if "." in key:
+            set_key(result, key, value)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict) and not key.endswith("mixer"):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def parse(cls: type[ConfigType], values: dict[str, Any], where: str = "config") -> ConfigType:
+    """Validates `values` as a section of type `cls`; one `ConfigError` lists every mistake."""
+    version = values.get("version", CONFIG_VERSION)
+    if isinstance(version, int) and version > CONFIG_VERSION:
+        raise ConfigError(f"{where}: version {version} is newer than this trilemma ({CONFIG_VERSION}); upgrade")
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(cls, error, where)) from None
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """A run's configuration from YAML and overrides.
+
+    Raises:
+        ConfigError: unknown key (nearest named), wrong type, missing or unreadable file.
+    """
+    values = apply_overrides(read_yaml(path), overrides or [])
+    return parse(RunConfig, values, str(path))
+
+
+def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyConfig:
+    """A study's configuration from YAML and overrides; errors as in `load_config`."""
+    values = apply_overrides(read_yaml(path), overrides or [])
+    return parse(StudyConfig, values, str(path))
+
+
+def dump(config: Section) -> str:
+    """YAML that `parse` reads back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _explain(cls: type[Section], error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        location = [part for part in item["loc"] if isinstance(part, (str, int))]
+        path = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            lines.append(f'{where}: unknown key "{path}"{nearest(str(location[-1]), _keys_at(cls, location[:-1]))}')
+        elif item["type"] == "missing":
+            lines.append(f'{where}: the key "{path}" is missing')
+        else:
+            shown = repr(item.get("input"))
+            lines.append(f"{where}: {path or 'value'}: {item['msg']}, found {shown[:80]}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _keys_at(cls: type[BaseModel], location: list[str | int]) -> list[str]:
+    """Valid keys of the section that `location` leads to."""
+    for part in location:
+        field = cls.model_fields.get(str(part))
+        if field is None:
+            continue  # an index, or the name of a union's member
+        child = _section_in(field.annotation)
+        if child is None:
+            return []
+        cls = child
+    return list(cls.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,53 @@
+"""Errors that a user sees.
+
+A `TrilemmaError` is a user's mistake or a broken input, never a bug of ours: the command line prints its text without a
+traceback and exits with code 2. The text says what, where (file and line), the nearest valid name, and how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrilemmaError(Exception):
+    """Base of every user-facing error."""
+
+    exit_code = 2
+
+
+class ConfigError(TrilemmaError):
+    """A configuration names an unknown key or holds a value that cannot be used."""
+
+
+class DataError(TrilemmaError):
+    """A data file is missing, empty, misaligned or not valid text."""
+
+
+class CapabilityError(TrilemmaError):
+    """A mixer, layout or run is asked for something that it declares it cannot do."""
+
+
+class CheckpointError(TrilemmaError):
+    """A run, checkpoint or saved state is missing, truncated, altered or foreign."""
+
+
+class RunInUseError(TrilemmaError):
+    """Another process holds the run directory."""
+
+
+class LengthError(TrilemmaError):
+    """A sequence is longer than the model's positions or the reserved capacity."""
+
+
+class LawError(TrilemmaError):
+    """A path without a law record is asked to run, or a law does not hold."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`'; did you mean "x"?'` for the closest valid name, else the list of valid names."""
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f'; did you mean "{close[0]}"?'
+    return f"; valid: {', '.join(names)}" if names else ""

@@ -1,0 +1,88 @@
+"""Names that users write, resolved to the classes that serve them.
+
+Discovery is automatic: every module of the package `trilemma.mixers` is imported once, and a class registers itself with
+`@register_mixer("name")`. A plug-in file given on the command line does the same. Nothing in a run, a config or a data file
+can name code: names resolve here only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from trilemma.errors import CapabilityError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from trilemma.mixers.base import Mixer
+
+_MIXERS: dict[str, type[Mixer]] = {}
+_discovered = False
+
+MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
+
+
+def register_mixer(name: str):  # noqa: ANN201 - the decorator returns the class unchanged
+    """Class decorator: makes a mixer available under `name` in configs, the command line and the laws."""
+
+    def add(cls: MixerClass) -> MixerClass:
+        known = _MIXERS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ConfigError(f'the mixer name "{name}" is taken by {known.__module__}.{known.__qualname__}')
+        cls.name = name
+        _MIXERS[name] = cls
+        return cls
+
+    return add
+
+
+def _discover() -> None:
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    package = importlib.import_module("trilemma.mixers")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"trilemma.mixers.{module.name}")
+
+
+def available_mixers() -> list[str]:
+    """Sorted names of all registered mixers."""
+    _discover()
+    return sorted(_MIXERS)
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class registered as `name`; `ConfigError` names the nearest valid name otherwise."""
+    _discover()
+    if name not in _MIXERS:
+        raise ConfigError(f'unknown mixer "{name}"{nearest(name, _MIXERS)}')
+    return _MIXERS[name]
+
+
+def load_plugin(path: str | Path) -> list[str]:
+    """Imports a Python file given on the command line; returns the names of the mixers that it registers."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"plug-in {file}: no such file")
+    _discover()
+    before = set(_MIXERS)
+    name = f"trilemma_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"plug-in {file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except CapabilityError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"plug-in {file}: {type(error).__name__}: {error}") from error
+    added = sorted(set(_MIXERS) - before)
+    if not added:
+        raise ConfigError(f"plug-in {file}: registers no mixer; decorate a Mixer subclass with @register_mixer(name)")
+    return added
