@@ -1,0 +1,46 @@
+"""What the verbs share: option types, the JSON line, messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="overrides of the config", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one machine-readable last line on stdout")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write to", show_default=False)]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")]
+
+
+def print_json(value: Any) -> None:
+    """One line of strict JSON on stdout: no NaN, keys in the given order. Not-a-number becomes null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def say(message: str) -> None:
+    """A message for the person who watches: to stderr, so that stdout holds results only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run directory rather than a config file."""
+    return path.is_dir()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
