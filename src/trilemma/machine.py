@@ -8,6 +8,7 @@ the torch version.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -324,7 +325,8 @@ def _write_cache(file: Path, values: dict[str, Ceilings]) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # --- hardware ---------------------------------------------------------------------------------------------------------
