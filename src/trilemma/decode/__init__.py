@@ -1,0 +1,24 @@
+"""Decoding: greedy, beam search and sampling for every mixer and layout, through `prefill`, `step` and State alone."""
+
+from trilemma.decode.batching import DecodingBatch, collate, plan_batches
+from trilemma.decode.beam import decode_beam
+from trilemma.decode.hypothesis import Hypothesis, Request, StepModel, length_penalty
+from trilemma.decode.search import BatchingReport, Disagreement, check_decoding, compare_with_single, decode
+from trilemma.decode.single import decode_single
+
+__all__ = [
+    "BatchingReport",
+    "DecodingBatch",
+    "Disagreement",
+    "Hypothesis",
+    "Request",
+    "StepModel",
+    "check_decoding",
+    "collate",
+    "compare_with_single",
+    "decode",
+    "decode_beam",
+    "decode_single",
+    "length_penalty",
+    "plan_batches",
+]
