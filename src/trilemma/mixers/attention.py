@@ -1,0 +1,258 @@
+"""Multi-head attention ("Attention Is All You Need", Vaswani et al. 2017, arXiv 1706.03762, section 3.2).
+
+    y = concat_h( softmax(Q_h K_h^T / sqrt(head_dim)) V_h ) W_O
+
+with multi-query and grouped-query keys (arXiv 1911.02150, 2305.13245), full or sliding window, causal, bidirectional or with
+a prefix, and positions by rotation (RoPE, arXiv 2104.09864; xPos, arXiv 2212.10554) or by bias (ALiBi, arXiv 2108.12409;
+T5, arXiv 1910.10683).
+
+Legend: B rows, L length, H heads, G key-value heads, D head_dim, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trilemma.errors import CapabilityError, ConfigError
+from trilemma.mixers.base import Capabilities, Mixer
+from trilemma.nn.cache import KeyValues, KVCache, RingCache
+from trilemma.nn.norms import RMSNorm
+from trilemma.nn.positions import alibi_slopes, rotate, rotation_frequencies, t5_buckets, xpos_scale
+from trilemma.ops.attention import attend, attention_mask
+from trilemma.ragged import Ragged, call_positions
+from trilemma.registry import register_mixer
+from trilemma.state import State
+
+_T5_BUCKETS = 32
+
+
+@register_mixer("attention")
+class Attention(Mixer):
+    """Self-attention.
+
+    Args:
+        d_model: width.
+        causal: the direction.
+        num_heads: query heads.
+        num_kv_heads: key-value heads, a divisor of num_heads; None: num_heads. 1 is multi-query attention.
+        head_dim: None: d_model / num_heads.
+        window: a token sees the `window` last tokens, its own included; None: all.
+        position: none, rotary, xpos, alibi or t5 (a bias learned by this layer) or t5-shared (one owned by the stack).
+        rotary_base: of rotary and xpos.
+        rotary_interleaved: pairs of neighbours; False: the halves, as Llama's weights have it.
+        xpos_base: distance over which xPos decays by one power of zeta.
+        qk_norm: RMS-normalises queries and keys per head.
+        scale: of the scores; None: 1 / sqrt(head_dim). T5 uses 1.
+        bias: of the projections.
+    """
+
+    capabilities = Capabilities(causal=True, bidirectional=True, prefix=True, rewinds=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        causal: bool = True,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        position: Literal["none", "rotary", "xpos", "alibi", "t5", "t5-shared"] = "none",
+        rotary_base: float = 10000.0,
+        rotary_interleaved: bool = True,
+        xpos_base: float = 512.0,
+        qk_norm: bool = False,
+        scale: float | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(d_model, causal)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        if head_dim is None and d_model % num_heads:
+            raise ConfigError(f"attention: d_model {d_model} is no multiple of num_heads {num_heads}; give head_dim")
+        self.head_dim = head_dim or d_model // num_heads
+        self.window = window
+        self.position = position
+        self.rotary_base, self.rotary_interleaved, self.xpos_base = rotary_base, rotary_interleaved, xpos_base
+        self.scale = scale
+        self._check()
+        inner = self.num_heads * self.head_dim
+        self.kv_width = self.num_kv_heads * self.head_dim
+        self.qkv = nn.Linear(d_model, inner + 2 * self.kv_width, bias=bias)
+        self.out = nn.Linear(inner, d_model, bias=bias)
+        self.query_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.t5_bias = nn.Parameter(torch.zeros(_T5_BUCKETS, num_heads)) if position == "t5" else None
+        for weight in self.qkv.weight.split([inner, self.kv_width, self.kv_width]):
+            nn.init.xavier_uniform_(weight)
+        nn.init.xavier_uniform_(self.out.weight)
+        for layer in (self.qkv, self.out) if bias else ():
+            nn.init.zeros_(layer.bias)
+
+    def _check(self) -> None:
+        if self.position not in ("none", "rotary", "xpos", "alibi", "t5", "t5-shared"):
+            raise ConfigError(f'attention: unknown position "{self.position}"')
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"attention: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.position in ("rotary", "xpos") and self.head_dim % 2:
+            raise ConfigError(f"attention: {self.position} needs an even head_dim, found {self.head_dim}")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"attention: window must be at least 1, found {self.window}")
+
+    def shared_inputs(self) -> Mapping[str, tuple[int, ...]]:
+        """T5's bias, where the stack owns it."""
+        return {"t5_bias": (_T5_BUCKETS, self.num_heads)} if self.position == "t5-shared" else {}
+
+    def no_weight_decay(self) -> set[str]:
+        """The bias table."""
+        return {"t5_bias"} if self.t5_bias is not None else set()
+
+    def new_state(
+        self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache | RingCache:
+        """A growing or reserved cache; a ring where there is a window."""
+        if self.window is not None:
+            return RingCache.empty(rows, self.num_kv_heads, self.head_dim, self.window, rewind, dtype, device)
+        return KVCache.empty(rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
+
+    def mix(
+        self, x: Tensor, state: State | None, ragged: Ragged | None, shared: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.forward`."""
+        batch, length, _ = x.shape
+        assert state is None or isinstance(state, (KVCache, RingCache))
+        valid = ragged.valid(length) if ragged is not None else None
+        offset: Tensor | int = 0
+        if state is not None:
+            offset = state.bound if isinstance(state, KVCache) and state.uniform else state.lengths
+        positions = call_positions(length, ragged, offset, x.device)
+        inner = self.num_heads * self.head_dim
+        q_blc, k_blc, v_blc = self.qkv(x).split([inner, self.kv_width, self.kv_width], dim=-1)
+        queries = q_blc.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+        keys = k_blc.view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        values = v_blc.view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys = self._placed(queries, keys, positions)
+        if state is None:
+            mixed = self._attend_call(queries, keys, values, positions, ragged, valid, shared)
+            after: State | None = None
+        else:
+            lengths = ragged.lengths if ragged is not None else None
+            seen, after = state.append(keys, values, lengths)
+            mixed = self._attend_state(queries, seen, positions, ragged, offset, shared)
+        y: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, inner))
+        return y, after
+
+    def _placed(self, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H or G, L, D] rotated by their positions [B or 1, L]."""
+        if self.position not in ("rotary", "xpos"):
+            return queries, keys
+        precise = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        frequencies = rotation_frequencies(self.head_dim, self.rotary_base, False, queries.device, precise)
+        angles = positions[..., None].to(precise) * frequencies
+        scales: list[Tensor | None] = [None, None]
+        if self.position == "xpos":
+            scales = [xpos_scale(positions, self.head_dim, self.xpos_base, sign, precise) for sign in (1, -1)]
+        return (
+            rotate(queries, angles, self.rotary_interleaved, scales[0]),
+            rotate(keys, angles, self.rotary_interleaved, scales[1]),
+        )
+
+    def _attend_call(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        ragged: Ragged | None,
+        valid: Tensor | None,
+        shared: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Whole sequences: the call's own keys are all there is."""
+        packed = ragged is not None and ragged.is_packed
+        prefix = ragged.prefix if ragged is not None and self.causal else None
+        windowed = self.window is not None and self.window < keys.shape[2]
+        if not (packed or windowed or prefix is not None or self._has_bias):
+            # Padding comes last: causal queries never see it.
+            if self.causal or valid is None:
+                return attend(queries, keys, values, is_causal=self.causal, scale=self.scale)
+        key_positions = positions if valid is None else torch.where(valid, positions, -1)
+        segments = ragged.segments if ragged is not None else None
+        mask = attention_mask(positions, key_positions, self.causal, self.window, prefix, segments, segments)
+        return attend(queries, keys, values, mask, self._bias(positions, positions, shared), scale=self.scale)
+
+    def _attend_state(
+        self,
+        queries: Tensor,
+        seen: KeyValues,
+        positions: Tensor,
+        ragged: Ragged | None,
+        offset: Tensor | int,
+        shared: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Queries [B, H, L, D] over all that the State holds, the call's keys included."""
+        length, held = queries.shape[2], seen.keys.shape[2]
+        keys, values = seen.keys.to(queries.dtype), seen.values.to(queries.dtype)
+        prefix = ragged.prefix if ragged is not None else None
+        if prefix is not None and isinstance(offset, int) and offset > 0:
+            raise CapabilityError("a prefix lies whole within the first call; this row has already begun")
+        if seen.positions is None and not self._has_bias and prefix is None:
+            if length == 1:  # the newest token sees every key
+                return attend(queries, keys, values, scale=self.scale)
+            if offset == 0 and isinstance(offset, int) and length == held:
+                return attend(queries, keys, values, is_causal=True, scale=self.scale)
+        key_positions = seen.positions
+        if key_positions is None:
+            key_positions = torch.arange(held, device=queries.device)[None, :]
+        mask = attention_mask(positions, key_positions, True, self.window, prefix)
+        return attend(queries, keys, values, mask, self._bias(positions, key_positions, shared), scale=self.scale)
+
+    @property
+    def _has_bias(self) -> bool:
+        return self.position in ("alibi", "t5", "t5-shared")
+
+    def _bias(
+        self, query_positions: Tensor, key_positions: Tensor, shared: Mapping[str, Tensor] | None
+    ) -> Tensor | None:
+        """[B or 1, H, L, K] added to the scores, or None."""
+        if not self._has_bias:
+            return None
+        distance = key_positions[:, None, :] - query_positions[:, :, None]
+        if self.position == "alibi":
+            slopes = torch.tensor(alibi_slopes(self.num_heads), device=distance.device, dtype=self.out.weight.dtype)
+            return -distance.abs()[:, None].to(slopes.dtype) * slopes[:, None, None]
+        table = self.t5_bias
+        if table is None:
+            if shared is None or "t5_bias" not in shared:
+                raise ConfigError("attention: position t5-shared needs the stack's t5_bias")
+            table = shared["t5_bias"]
+        return table[t5_buckets(distance, self.causal, _T5_BUCKETS)].permute(0, 3, 1, 2)
+
+    def count_parameters(self) -> int:
+        """(h d_h + 2 g d_h) (d + bias) + d (h d_h + bias), plus norms and bias table."""
+        inner, bias = self.num_heads * self.head_dim, int(self.qkv.bias is not None)
+        count = (inner + 2 * self.kv_width) * (self.d_model + bias) + self.d_model * (inner + bias)
+        if self.query_norm is not None:
+            count += 2 * self.head_dim
+        return count + (_T5_BUCKETS * self.num_heads if self.position == "t5" else 0)
+
+    def flops(self, length: int, context: int = 0) -> int:
+        """Projections, and 4 h d_h for each query-key pair that is needed."""
+        inner = self.num_heads * self.head_dim
+        projections = 2 * length * self.d_model * (2 * inner + 2 * self.kv_width)
+        if self.causal:
+            window = self.window or length + context
+            pairs = sum(min(context + i + 1, window) for i in range(length))
+        else:
+            window = self.window or length
+            pairs = sum(min(i + window, length) - max(i - window + 1, 0) for i in range(length))
+        return projections + 4 * inner * pairs
+
+    def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """2 g d_h elements a token held."""
+        held = length if self.window is None else min(length, self.window)
+        return 2 * self.kv_width * held * dtype.itemsize

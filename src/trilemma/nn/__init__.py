@@ -1,0 +1,1 @@
+"""Parts that mixers and models are made of."""

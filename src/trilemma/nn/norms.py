@@ -1,0 +1,32 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 at least (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        dim: size of the last axis.
+        epsilon: added to the mean square.
+        affine: whether a weight is learned.
+    """
+
+    def __init__(self, dim: int, epsilon: float = 1e-6, affine: bool = True) -> None:
+        super().__init__()
+        self.dim, self.epsilon = dim, epsilon
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim] -> same shape and type."""
+        return nn.functional.rms_norm(x, (self.dim,), self.weight, self.epsilon)
+
+
+def make_norm(kind: str, dim: int, epsilon: float, bias: bool = True) -> nn.Module:
+    """`layernorm` (Ba et al. 2016, arXiv 1607.06450) or `rmsnorm` over the last axis of size `dim`."""
+    if kind == "layernorm":
+        return nn.LayerNorm(dim, eps=epsilon, bias=bias)
+    return RMSNorm(dim, epsilon)

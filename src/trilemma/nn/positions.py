@@ -1,0 +1,116 @@
+"""Where a token stands: absolute encodings for embeddings; rotations and biases for mixers.
+
+Legend: B batch (or 1), L length, K keys, D dimension, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sinusoid(positions: Tensor, dim: int, layout: str = "paper", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Fixed absolute encodings.
+
+    Args:
+        positions: [...] integers.
+        dim: even size of the result's last axis.
+        layout: "paper": PE(p, 2i) = sin(p / 10000^(2i/d)), PE(p, 2i+1) = cos of the same ("Attention Is All You Need",
+            section 3.5). "tensor2tensor": the sines in the first half, the cosines in the second, with the exponent
+            i / (d/2 - 1), as in that code base and in fairseq.
+        dtype: of the result; angles are computed in float64.
+
+    Returns:
+        [..., dim].
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float64, device=positions.device)
+    exponent = index / half if layout == "paper" else index / max(half - 1, 1)
+    angles = positions[..., None].double() * torch.exp(-math.log(10000.0) * exponent)
+    sines, cosines = angles.sin(), angles.cos()
+    if layout == "paper":
+        return torch.stack([sines, cosines], dim=-1).flatten(-2).to(dtype)
+    return torch.cat([sines, cosines], dim=-1).to(dtype)
+
+
+def rotation_frequencies(dim: int, base: float, end_point: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[dim / 2] radians per position.
+
+    RoPE (arXiv 2104.09864): base^(-2i/dim). With `end_point` (torchscale's RetNet) the exponent runs from 0 to 1
+    inclusive.
+    """
+    half = dim // 2
+    steps = torch.arange(half, device=device, dtype=dtype)
+    exponent = steps / max(half - 1, 1) if end_point else steps / half
+    return torch.exp(-math.log(base) * exponent)
+
+
+def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | None = None) -> Tensor:
+    """Rotates pairs of features by their position's angle.
+
+    Args:
+        x: [B, H, L, D].
+        angles: [B or 1, L, D / 2] radians.
+        interleaved: pairs are (0, 1), (2, 3), ...; else (i, i + D/2), the layout of Llama's weights.
+        scale: [B or 1, L, D / 2] factor of each pair (xPos), or None.
+
+    Returns:
+        [B, H, L, D] of x's type.
+    """
+    sine, cosine = angles.sin()[:, None], angles.cos()[:, None]
+    if scale is not None:
+        sine, cosine = sine * scale[:, None], cosine * scale[:, None]
+    sine, cosine = sine.to(x.dtype), cosine.to(x.dtype)
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def xpos_scale(positions: Tensor, dim: int, scale_base: float, sign: int, dtype: torch.dtype) -> Tensor:
+    """The decay of xPos (arXiv 2212.10554): zeta_i^(sign * position / scale_base), zeta_i = (2i/dim + 0.4) / 1.4.
+
+    Queries take sign +1, keys -1, so that the product depends on the distance alone. Float32 holds it up to a position of
+    about 70 * scale_base.
+
+    Returns:
+        [..., dim / 2].
+    """
+    index = torch.arange(0, dim, 2, device=positions.device, dtype=dtype)
+    zeta = (index / dim + 0.4) / 1.4
+    return torch.exp(sign * positions[..., None].to(dtype) / scale_base * zeta.log())
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes of ALiBi (arXiv 2108.12409): a geometric series from 2^(-8/n); for other n than powers of two, as its
+    authors do, the series of the next lower power and every second one of the next higher."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    extra = [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
+    return (slopes + extra)[:num_heads]
+
+
+def t5_buckets(distance: Tensor, causal: bool, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
+    """Bucket of each relative position, as T5 does it (arXiv 1910.10683, section 2.1).
+
+    Args:
+        distance: key position minus query position, any shape.
+        causal: all buckets for the past; else half of them for each direction.
+
+    Returns:
+        int64 in [0, num_buckets), of the same shape.
+    """
+    buckets = torch.zeros_like(distance)
+    if causal:
+        distance = (-distance).clamp(min=0)
+    else:
+        num_buckets //= 2
+        buckets = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    exact = num_buckets // 2
+    ratio = (distance.clamp(min=1).double() / exact).log() / math.log(max_distance / exact)
+    large = (exact + (ratio * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return buckets + torch.where(distance < exact, distance, large)

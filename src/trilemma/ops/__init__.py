@@ -1,0 +1,1 @@
+"""Operators: each with a naive reference and a vectorised plain-PyTorch form."""
