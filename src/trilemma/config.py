@@ -70,7 +70,7 @@ class Source(Section):
     generated: str | None = None
     size: int | None = Field(None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, description="how often an epoch sees each example of this source")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -97,6 +97,7 @@ class DataConfig(Section):
     context_length: int = Field(256, ge=1, description="tokens of a language-model row")
     over_length: Literal["error", "drop"] = Field("error", description="training examples over the limits")
     packing: bool = Field(True, description="language models: several documents in one row, with boundaries")
+    labels: list[str] | None = Field(None, description="classes in the order of their ids; None: from the training data")
 
 
 class TokenizerConfig(Section):
@@ -205,10 +206,13 @@ class StudyConfig(Section):
     reference: str | None = Field(None, description="None: the first candidate")
     budget: Budget
     learning_rates: list[float] = Field(default_factory=list, description="empty: the base's, no sweep")
+    sweep_share: float = Field(1.0, gt=0, le=1, description="part of the budget that each run of the sweep gets")
+    widen: bool = Field(True, description="an optimum at the grid's edge adds one learning rate beyond it")
     seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
     controls: Controls = Controls()
     metric: str | None = Field(None, description="None: by task (bleu, accuracy, bits_per_byte, exact_match)")
     contexts: list[int] = Field(default_factory=lambda: [128, 512, 2048])
+    batch_sizes: list[int] = Field(default_factory=lambda: [1], description="rows decoded at once, for inference cost")
     samples: int = Field(8, ge=0, description="outputs shown side by side")
     price_per_hour: float | None = Field(None, gt=0)
 

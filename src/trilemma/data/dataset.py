@@ -1,0 +1,281 @@
+"""A dataset: one task, layout and tokenizer over token stores, giving micro-batches by number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.config import RunConfig
+from trilemma.data.batch import (
+    Batch,
+    Row,
+    classification_batch,
+    concatenated_batch,
+    encoder_decoder_batch,
+    mask_batch,
+    stream_batch,
+)
+from trilemma.data.cache import TokenStore, hash_values_of
+from trilemma.data.order import Indices
+from trilemma.data.plan import PairPlan, Part, Piece, StreamPlan
+from trilemma.data.readers import FIELDS, is_streamed
+from trilemma.data.tokenizer import Tokenizer
+from trilemma.errors import CapabilityError, ConfigError, DataError
+
+Split = Literal["train", "valid", "test"]
+EvalSplit = Literal["valid", "test"]
+
+_LAYOUTS = {
+    "seq2seq": ("encoder-decoder", "decoder-only"),
+    "language-model": ("decoder-only",),
+    "classification": ("encoder-only",),
+    "masked-language-model": ("encoder-only",),
+}
+
+
+class Dataset:
+    """Training batches by number and evaluation batches in a fixed order.
+
+    Attributes:
+        sizes: examples of each split (documents, for language models), before any are dropped.
+        dropped: training examples that are over the limits of `data.max_source_length` and its like.
+        label_names: classification: names of the classes, in the order of their ids.
+        notes: what was decided or found while preparing, for the run's `notes`.
+        data_hash: SHA-256 of the tokens and settings of all splits, independent of paths and of the machine.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        stores: dict[str, list[TokenStore]],
+        weights: list[float],
+        label_names: list[str] | None = None,
+        names: list[str] | None = None,
+    ) -> None:
+        check_layout(config)
+        self.config, self.tokenizer, self.stores = config, tokenizer, stores
+        self.task, self.label_names = config.data.task, label_names
+        self.notes: dict[str, str] = {}
+        self.dropped = 0
+        self.sizes = {split: sum(store.size for store in parts) for split, parts in stores.items()}
+        self._names = names or [f"source {rank}" for rank in range(1, len(weights) + 1)]
+        self._weights = weights
+        self._eval_plans: dict[str, PairPlan | StreamPlan] = {}
+        self._train_plan = self._stream_plan("train") if is_streamed(self.task) else self._pair_plan("train")
+        contents = {split: [store.content_hash for store in parts] for split, parts in sorted(stores.items())}
+        self.data_hash = hash_values_of("data", 1, self.task, contents, weights)
+        if config.data.lowercase:
+            self.notes["data.lowercase"] = "all text, references included, is lower-cased"
+        self._note_empty()
+
+    # Training
+
+    def micro_batch(self, k: int) -> Batch:
+        """Micro-batch k >= 0: a pure function of (seed, k), for every k, in any order; epochs follow one another.
+
+        Its padded tokens, both sides together, are at most `training.batch_tokens`.
+        """
+        assert k >= 0
+        return self._batch("train", self._train_plan, k)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of the first epoch (of every one, unless a mixture has fractional weights)."""
+        return self._train_plan.batches()
+
+    def order_hash(self, batches: int) -> str:
+        """SHA-256 over which examples, in which order, make micro-batches 0 to `batches` - 1."""
+        digest = hashlib.sha256()
+        for k in range(batches):
+            if isinstance(self._train_plan, PairPlan):
+                ids = np.asarray(self._train_plan.examples(k), dtype=np.int64)
+            else:
+                rows = self._train_plan.pieces(k)
+                ids = np.array([(p.document, p.start, p.stop) for row in rows for p in row], dtype=np.int64)
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return digest.hexdigest()
+
+    def padding(self) -> float:
+        """Share of padding in an epoch's tokens (0 for streams)."""
+        return self._train_plan.padding() if isinstance(self._train_plan, PairPlan) else 0.0
+
+    # Evaluation
+
+    def eval_batches(self, split: EvalSplit) -> Iterator[Batch]:
+        """Every example of a split once, similar lengths together, in a fixed order; none is dropped or cut."""
+        self._require(split)
+        if split not in self._eval_plans:
+            streamed = is_streamed(self.task)
+            self._eval_plans[split] = self._stream_plan(split) if streamed else self._pair_plan(split)
+        plan = self._eval_plans[split]
+        for k in range(plan.batches()):
+            yield self._batch(split, plan, k)
+
+    def eval_texts(self, split: EvalSplit) -> tuple[list[str], list[str]]:
+        """The raw texts of a split in file order: (sources, targets), (texts, labels), or (documents, []).
+
+        Lower-cased where `data.lowercase` is set.
+        """
+        self._require(split)
+        fields = FIELDS[self.task]
+        columns = [[text for store in self.stores[split] for text in store.texts(field)] for field in fields]
+        return columns[0], columns[1] if len(columns) > 1 else []
+
+    def bytes_of(self, split: Split) -> int:
+        """UTF-8 bytes of the raw text that is scored: targets, or documents with the line ends that eos stands for."""
+        self._require(split)
+        field = FIELDS[self.task][-1] if self.task == "seq2seq" else FIELDS[self.task][0]
+        return sum(store.bytes[field] + int(store.meta.get("line_ends", 0)) for store in self.stores[split])
+
+    def resolved(self, config: RunConfig) -> RunConfig:
+        """`config` with what the data decides: vocab_size, num_labels, label names, notes."""
+        model = {"vocab_size": self.tokenizer.vocab_size}
+        data = {}
+        if self.label_names is not None:
+            model["num_labels"] = max(2, len(self.label_names))
+            data["labels"] = self.label_names
+        return config.model_copy(
+            update={
+                "model": config.model.model_copy(update=model),
+                "data": config.data.model_copy(update=data),
+                "notes": {**config.notes, **self.notes},
+            }
+        )
+
+    # Inside
+
+    def _require(self, split: str) -> None:
+        if not self.stores.get(split):
+            raise DataError(f"there is no {split} data: set data.{split} in the config")
+
+    def _note_empty(self) -> None:
+        for split, parts in self.stores.items():
+            for field in FIELDS[self.task]:
+                empty = sum(int((store.lengths(field) == 0).sum()) for store in parts)
+                if empty:
+                    self.notes[f"data.empty.{split}.{field}"] = f"{empty:,} empty line(s), kept as empty sequences"
+
+    def _lengths(self, split: str, field: str, added: int) -> Indices:
+        return np.concatenate([store.lengths(field) for store in self.stores[split]]) + added
+
+    def _pair_plan(self, split: str) -> PairPlan:
+        first_field, second_field = FIELDS[self.task]
+        classify = self.task == "classification"
+        first = self._lengths(split, first_field, 2 if classify else 1)
+        second = self._lengths(split, second_field, 1) * (0 if classify else 1)
+        budget = self.config.training.batch_tokens
+        if split != "train":
+            everything = [Part(np.arange(len(first), dtype=np.int64), 1.0)]
+            return PairPlan(first, second, everything, self.config.seed, budget, shuffle=False)
+        parts = self._usable_parts(first, second)
+        used = np.concatenate([part.examples for part in parts])
+        longest = int((first + second)[used].max())
+        if longest > budget:
+            raise ConfigError(
+                f"training.batch_tokens: {budget} is too small: the longest training example has {longest} tokens"
+            )
+        return PairPlan(first, second, parts, self.config.seed, budget)
+
+    def _usable_parts(self, first: Indices, second: Indices) -> list[Part]:
+        """Training examples within the limits; the others are an error, or are dropped and counted, as the config says."""
+        data = self.config.data
+        over = (first > data.max_source_length) | (second > data.max_target_length)
+        if over.any() and data.over_length == "error":
+            index = int(np.argmax(over))
+            sides = f"{first[index]} source tokens" + (f", {second[index]} target tokens" if second[index] else "")
+            raise DataError(
+                f"{self._place(index)} is over the limits ({sides} with eos; data.max_source_length "
+                f"{data.max_source_length}, data.max_target_length {data.max_target_length}), as are "
+                f"{int(over.sum()) - 1:,} more of {len(over):,}: raise the limits, or set data.over_length=drop"
+            )
+        self.dropped = int(over.sum())
+        if self.dropped:
+            self.notes["data.dropped"] = f"{self.dropped:,} of {len(over):,} training examples are over the limits"
+        if self.dropped == len(over):
+            raise DataError(f"all {len(over):,} training examples are over the limits of data.max_source_length")
+        parts, start = [], 0
+        for store, weight in zip(self.stores["train"], self._weights, strict=True):
+            usable = start + np.flatnonzero(~over[start : start + store.size])
+            start += store.size
+            if len(usable):
+                parts.append(Part(usable.astype(np.int64), weight))
+        return parts
+
+    def _place(self, index: int) -> str:
+        """Where a training example stands in its file."""
+        for name, store in zip(self._names, self.stores["train"], strict=True):
+            if index < store.size:
+                return f"{name}:{index + 1}"
+            index -= store.size
+        raise AssertionError("index outside the dataset")
+
+    def _stream_plan(self, split: str) -> StreamPlan:
+        config = self.config
+        length, budget = config.data.context_length, config.training.batch_tokens
+        if length > budget:
+            raise ConfigError(f"training.batch_tokens: {budget} is below data.context_length {length}")
+        added = 2 if self.task == "masked-language-model" else 1
+        units = self._lengths(split, "text", added)
+        train = split == "train"
+        parts, start = [], 0
+        for store, weight in zip(self.stores[split], self._weights if train else [1.0], strict=True):
+            parts.append(Part(np.arange(start, start + store.size, dtype=np.int64), weight))
+            start += store.size
+        return StreamPlan(units, parts, config.seed, length, budget // length, shuffle=train)
+
+    def _ids(self, split: str, field: str, index: int) -> NDArray[np.int32]:
+        for store in self.stores[split]:
+            if index < store.size:
+                return store.ids(field, index)
+            index -= store.size
+        raise AssertionError("index outside the dataset")
+
+    def _batch(self, split: str, plan: PairPlan | StreamPlan, k: int) -> Batch:
+        if isinstance(plan, StreamPlan):
+            return self._stream_batch(split, plan, k)
+        first, second = FIELDS[self.task]
+        examples = plan.examples(k)
+        pairs = [(self._ids(split, first, int(i)), self._ids(split, second, int(i))) for i in examples]
+        collate: Callable[[Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], Tokenizer, int, Sequence[int]], Batch]
+        if self.task == "classification":
+            collate = classification_batch
+        elif self.config.model.layout == "encoder-decoder":
+            collate = encoder_decoder_batch
+        else:
+            collate = concatenated_batch
+        return collate(pairs, self.tokenizer, k, examples.tolist())
+
+    def _stream_batch(self, split: str, plan: StreamPlan, k: int) -> Batch:
+        rows = [[self._piece(split, piece) for piece in row] for row in plan.pieces(k)]
+        batch = stream_batch(rows, self.tokenizer, self.config.data.packing, k)
+        if self.task == "language-model":
+            return batch
+        seed = self.config.seed if split == "train" else 0
+        return mask_batch(batch, self.tokenizer, self.config.training.mask_fraction, seed)
+
+    def _piece(self, split: str, piece: Piece) -> tuple[Row, Row]:
+        """(inputs, labels) of a part of [bos] text [eos]: for language models, labels are one token further."""
+        ids = self._ids(split, "text", piece.document)
+        ahead = 0 if self.task == "masked-language-model" else 1
+        low, high = piece.start, piece.stop + ahead
+        unit = np.empty(high - low, dtype=np.int64)
+        unit[max(0, 1 - low) : len(ids) + 1 - low] = ids[max(0, low - 1) : high - 1]
+        if low == 0:
+            unit[0] = self.tokenizer.bos
+        if high == len(ids) + 2:
+            unit[-1] = self.tokenizer.eos
+        return unit[: len(unit) - ahead], unit[ahead:]
+
+
+def check_layout(config: RunConfig) -> None:
+    """`CapabilityError` when the model's layout cannot learn the task."""
+    allowed = _LAYOUTS[config.data.task]
+    if config.model.layout not in allowed:
+        raise CapabilityError(
+            f"data.task {config.data.task} needs model.layout {' or '.join(allowed)}, not {config.model.layout}"
+        )

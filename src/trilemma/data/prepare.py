@@ -1,0 +1,245 @@
+"""From a configuration to a dataset: finds the sources, trains the tokenizer, fills the token cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from trilemma.config import DataConfig, RunConfig, Source
+from trilemma.data.cache import (
+    Progress,
+    StoreBuilder,
+    TokenStore,
+    default_cache_dir,
+    hash_file,
+    hash_values_of,
+    locked,
+    open_or_build,
+)
+from trilemma.data.dataset import Dataset, check_layout
+from trilemma.data.generated import GENERATOR_VERSION, generate
+from trilemma.data.readers import (
+    FIELDS,
+    Example,
+    check_file,
+    example_of,
+    file_format,
+    is_streamed,
+    read_documents,
+    read_records,
+    source_files,
+)
+from trilemma.data.tokenizer import Tokenizer, bring_tokenizer, train_tokenizer
+from trilemma.errors import ConfigError, DataError, nearest
+
+_PREPARE_VERSION = 1
+_BATCH = 1000
+Item = tuple[Example, bool]  # an example, or a piece of one, and whether the example ends with it
+
+
+def prepare(
+    config: RunConfig,
+    tokenizer: Tokenizer | None = None,
+    cache_dir: str | Path | None = None,
+    data: Iterable[object] | Mapping[str, Iterable[object]] | None = None,
+) -> tuple[Dataset, Tokenizer]:
+    """Reads, tokenises and caches the data of a run.
+
+    Args:
+        config: `data`, `tokenizer`, `training.batch_tokens`, `seed` and `model.layout` are used.
+        tokenizer: one to use instead of `config.tokenizer`'s (resuming, evaluating).
+        cache_dir: of token stores; None: `default_cache_dir()`.
+        data: training examples instead of `config.data.train`: str, (source, target) or dict; or a mapping from split names
+            to such iterables. It is read once and kept in the cache.
+
+    Returns:
+        The dataset and its tokenizer.
+
+    Raises:
+        DataError: a source is missing, empty, misaligned or malformed, or training examples are over the limits.
+        ConfigError, CapabilityError: the settings do not fit each other.
+    """
+    check_layout(config)
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    task = config.data.task
+    sources = _sources(config, root, data)
+    inputs = {split: [_Input(source, split, config, root) for source in found] for split, found in sources.items()}
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, inputs["train"], root)
+    labels = _labels(config.data, inputs["train"]) if task == "classification" else None
+    stores = {
+        split: [item.store(tokenizer, labels, keep_text=split != "train") for item in items]
+        for split, items in inputs.items()
+    }
+    weights = [source.weight for source in sources["train"]]
+    names = [item.name for item in inputs["train"]]
+    return Dataset(config, tokenizer, stores, weights, labels, names), tokenizer
+
+
+def _sources(
+    config: RunConfig, root: Path, data: Iterable[object] | Mapping[str, Iterable[object]] | None
+) -> dict[str, list[Source]]:
+    """The sources of each split; a generated task brings its own valid and test."""
+    given: Mapping[str, Iterable[object]] = data if isinstance(data, Mapping) else {} if data is None else {"train": data}
+    for split in given:
+        if split not in ("train", "valid", "test"):
+            raise ConfigError(f'data: unknown split "{split}"{nearest(str(split), ("train", "valid", "test"))}')
+    train = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    if not train:
+        raise ConfigError("data.train: at least one source is needed")
+    found = {"train": train}
+    if "train" in given:
+        found["train"] = [_spool(given["train"], config.data.task, "train", root)]
+    for split, source in (("valid", config.data.valid), ("test", config.data.test)):
+        if split in given:
+            found[split] = [_spool(given[split], config.data.task, split, root)]
+        elif source is not None:
+            found[split] = [source]
+        elif "train" not in given and train[0].generated is not None:
+            found[split] = [train[0].model_copy(update={"size": None, "weight": 1.0})]
+    return found
+
+
+def _spool(items: Iterable[object], task: str, split: str, root: Path) -> Source:
+    """Writes the items of an iterable to a .jsonl file in the cache, so that it can be read more than once."""
+    fields = FIELDS[task]
+    folder = root / "iterables"
+    with locked(folder, "writing"):
+        temporary = folder / "writing.jsonl"
+        count = 0
+        with temporary.open("w", encoding="ascii") as stream:
+            for count, item in enumerate(items, start=1):
+                example = example_of(item, task, f"data[{split}] item {count}")
+                stream.write(json.dumps(dict(zip(fields, example, strict=True))) + "\n")
+        if count == 0:
+            raise DataError(f"data: the {split} iterable is empty")
+        target = folder / f"{hash_file(temporary)}.jsonl"
+        temporary.replace(target)
+    return Source(path=str(target))
+
+
+class _Input:
+    """One source of one split: where its examples come from, and the key of what is made from them."""
+
+    def __init__(self, source: Source, split: str, config: RunConfig, root: Path) -> None:
+        self.source, self.split, self.root, self.task = source, split, root, config.data.task
+        self.lowercase, self.seed = config.data.lowercase, config.seed
+        self.files = source_files(source)
+        for path in self.files:
+            check_file(path)
+        default = "line" if config.data.packing else "file"
+        self.documents = str(source.options.get("documents", default)) if source.generated is None else "line"
+        self.name = str(self.files[0]) if self.files else f"generated {source.generated}"
+        self.key = hash_values_of(
+            _PREPARE_VERSION,
+            [(hash_file(path), file_format(path), path.suffix) for path in self.files],
+            [source.generated, source.size, source.options, split if source.generated else "", GENERATOR_VERSION],
+            self.seed if source.generated else 0,
+            [self.task, self.lowercase, self.documents if is_streamed(self.task) else ""],
+        )
+
+    def items(self) -> Iterator[Item]:
+        """The examples, lower-cased where asked for."""
+        for example, ends in self._raw_items():
+            yield (tuple(text.lower() for text in example) if self.lowercase else example), ends
+
+    def _raw_items(self) -> Iterator[Item]:
+        if self.source.generated is not None:
+            pairs = generate(self.source.generated, self.split, self.source.size, self.seed, self.source.options)
+            for source, target in pairs:
+                yield ((f"{source} = {target}",) if is_streamed(self.task) else (source, target)), True
+        elif is_streamed(self.task):
+            for text, ends in read_documents(self.source, self.task, self.documents):
+                yield (text,), ends
+        else:
+            for example in read_records(self.source, self.task):
+                yield example, True
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer learns from: every text, without class labels."""
+        fields = [index for index, field in enumerate(FIELDS[self.task]) if field != "label"]
+        for example, _ in self.items():
+            for index in fields:
+                yield example[index]
+
+    def store(self, tokenizer: Tokenizer, labels: list[str] | None, keep_text: bool) -> TokenStore:
+        """The token store of this input, from the cache or built now."""
+        key = hash_values_of("store", self.key, tokenizer.fingerprint, labels, keep_text)
+        root = self.root / "tokens"
+
+        def build() -> TokenStore:
+            with StoreBuilder(root, key, FIELDS[self.task], keep_text) as builder:
+                self._fill(builder, tokenizer, labels)
+                lines = self.files and self.documents == "line" and file_format(self.files[0]) == ".txt"
+                line_ends = builder.size if lines and is_streamed(self.task) else 0
+                return builder.publish({"name": self.name, "input": self.key, "line_ends": line_ends})
+
+        return open_or_build(root, key, build)
+
+    def _fill(self, builder: StoreBuilder, tokenizer: Tokenizer, labels: list[str] | None) -> None:
+        progress = Progress(f"tokenising {self.name}")
+        encoders = [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]]
+        items = self.items()
+        while chunk := list(islice(items, _BATCH)):
+            columns = [encode([example[i] for example, _ in chunk]) for i, encode in enumerate(encoders)]
+            for row, (example, ends) in enumerate(chunk):
+                for index, field in enumerate(builder.fields):
+                    builder.append(field, columns[index][row], example[index])
+                if ends:
+                    builder.finish_example()
+            progress.add(len(chunk))
+
+
+def _encoder(
+    field: str, tokenizer: Tokenizer, labels: list[str] | None, name: str
+) -> Callable[[list[str]], list[list[int]]]:
+    if field != "label":
+        return tokenizer.encode_batch
+    assert labels is not None
+    ids = {label: index for index, label in enumerate(labels)}
+
+    def encode_labels(texts: list[str]) -> list[list[int]]:
+        for text in texts:
+            if text not in ids:
+                raise DataError(f'{name}: the label "{text}" does not occur in the training data{nearest(text, ids)}')
+        return [[ids[text]] for text in texts]
+
+    return encode_labels
+
+
+def _labels(data: DataConfig, inputs: list[_Input]) -> list[str]:
+    """Names of the classes: the config's, else those of the training data in order (as numbers where all are)."""
+    if data.labels is not None:
+        return data.labels
+    found = {example[1] for item in inputs for example, _ in item.items()}
+    if len(found) < 2:
+        raise DataError(f"{inputs[0].name}: classification needs two labels or more, found {sorted(found)}")
+    return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)
+
+
+def _tokenizer(config: RunConfig, inputs: list[_Input], root: Path) -> Tokenizer:
+    """The tokenizer that the config asks for; one that was trained on the same text before is found again."""
+    lowercase = config.data.lowercase
+    if config.tokenizer.kind == "file":
+        return bring_tokenizer(config.tokenizer, lowercase)
+    key = hash_values_of("tokenizer", config.tokenizer.model_dump(), lowercase, [item.key for item in inputs])
+    folder = root / "tokenizers"
+    with locked(folder, key):
+        path = folder / f"{key}.json"
+        if path.is_file():
+            return Tokenizer.load(path)
+        progress = Progress(f"training a {config.tokenizer.kind} tokenizer on {inputs[0].name}")
+        trained = train_tokenizer(_counted(inputs, progress), config.tokenizer, lowercase)
+        temporary = path.with_suffix(".tmp")
+        trained.save(temporary)
+        temporary.replace(path)
+        return trained
+
+
+def _counted(inputs: list[_Input], progress: Progress) -> Iterator[str]:
+    for item in inputs:
+        for text in item.texts():
+            progress.add(1)
+            yield text

@@ -1,0 +1,351 @@
+"""Text to token ids and back: trained here, or brought along.
+
+Every vocabulary that is trained here has the same six special ids (`SPECIALS`). Their names hold a space, which no trained
+model can produce from text, and special names are never looked for in text: what a user writes, "<eos>" included, is text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from trilemma.config import TokenizerConfig
+from trilemma.errors import CheckpointError, ConfigError, DataError
+
+PAD, BOS, EOS, UNK, SEP, MASK = range(6)
+SPECIALS = ("< pad >", "< bos >", "< eos >", "< unk >", "< sep >", "< mask >")
+
+# Names by which tokenizers of others call the same six, in the order of preference.
+_FOREIGN: tuple[tuple[str, ...], ...] = (
+    ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
+    ("<s>", "<bos>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>", "<|bos|>", "<|endoftext|>"),
+    ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|eos|>", "<|endoftext|>"),
+    ("<unk>", "[UNK]", "<|unk|>"),
+    ("<sep>", "[SEP]"),
+    ("<mask>", "[MASK]"),
+)
+_SENTENCEPIECE = "trilemma-sentencepiece"
+
+
+class _Backend(Protocol):
+    """What turns text into ids: a `tokenizers` object or a SentencePiece processor."""
+
+    size: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def serialize(self) -> str: ...
+
+
+class _HuggingFace:
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.encode_special_tokens = True  # "<eos>" in a text is text
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = tokenizer
+        self.size = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def decode(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def serialize(self) -> str:
+        return cast(str, self.tokenizer.to_str(pretty=False))
+
+
+class _SentencePiece:
+    def __init__(self, model: bytes, lowercase: bool, where: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise DataError(f"{where}: a SentencePiece model needs the package: pip install sentencepiece") from None
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(f"{where}: not a SentencePiece model: {error}") from None
+        self.model, self.lowercase = model, lowercase
+        self.size = int(self.processor.get_piece_size())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        prepared = [text.lower() for text in texts] if self.lowercase else list(texts)
+        return cast("list[list[int]]", self.processor.encode(prepared, out_type=int))
+
+    def decode(self, ids: list[int]) -> str:
+        return cast(str, self.processor.decode(ids))
+
+    def serialize(self) -> str:
+        model = base64.b64encode(self.model).decode("ascii")
+        return json.dumps({"format": _SENTENCEPIECE, "version": 1, "lowercase": self.lowercase, "model": model})
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with its six special ids; `vocab_size` counts all of them.
+
+    `encode` adds no special ids, `decode` leaves them out. For kinds byte, bpe and unigram `decode(encode(text)) == text`
+    for every valid text (lower-cased where asked for).
+    """
+
+    backend: _Backend
+    pad: int
+    bos: int
+    eos: int
+    unk: int
+    sep: int
+    mask: int
+    vocab_size: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without special ids."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores that TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS allow.
+
+        Raises:
+            DataError: a text holds lone surrogates, which are not Unicode text.
+        """
+        try:
+            return self.backend.encode_batch(texts)
+        except (UnicodeEncodeError, TypeError):
+            for number, text in enumerate(texts, start=1):
+                _check_text(text, number)
+            raise
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ids are left out."""
+        special = self.special_ids
+        kept = [int(index) for index in ids if int(index) not in special]
+        for index in kept:
+            if not 0 <= index < self.vocab_size:
+                raise DataError(f"token id {index} is outside the vocabulary of {self.vocab_size}")
+        return self.backend.decode(kept)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset((self.pad, self.bos, self.eos, self.unk, self.sep, self.mask))
+
+    def serialize(self) -> str:
+        """The content of tokenizer.json."""
+        return self.backend.serialize()
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json; readable by `tokenizers` unless it is a SentencePiece model."""
+        Path(path).write_text(self.serialize(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads tokenizer.json or a SentencePiece .model.
+
+        Raises:
+            DataError: the file is missing or holds no tokenizer.
+        """
+        file = Path(path)
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{file}: no such file") from None
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+        return cls.parse(content, str(file))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> Tokenizer:
+        """A tokenizer from the bytes of a tokenizer.json or of a SentencePiece model."""
+        if not content:
+            raise DataError(f"{where}: the file is empty")
+        if not content.lstrip()[:1] == b"{":
+            return _from_sentencepiece(_SentencePiece(content, False, where))
+        try:
+            values = json.loads(content.decode("utf-8"))
+        except ValueError as error:
+            raise DataError(f"{where}: not a tokenizer.json: {error}") from None
+        if values.get("format") == _SENTENCEPIECE:
+            if values.get("version") != 1:
+                raise CheckpointError(f"{where}: version {values.get('version')} is newer than this trilemma; upgrade")
+            model = base64.b64decode(values["model"])
+            return _from_sentencepiece(_SentencePiece(model, bool(values["lowercase"]), where))
+        try:
+            return _from_tokenizers(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"{where}: not a tokenizer.json: {error}") from None
+
+    def lowercased(self) -> Tokenizer:
+        """The same vocabulary; text is lower-cased before it is encoded, wherever the tokenizer is used."""
+        if isinstance(self.backend, _SentencePiece):
+            return _from_sentencepiece(_SentencePiece(self.backend.model, True, "tokenizer"))
+        copy = tokenizers.Tokenizer.from_str(self.serialize())
+        lower = normalizers.Lowercase()
+        copy.normalizer = lower if copy.normalizer is None else normalizers.Sequence([lower, copy.normalizer])
+        return _from_tokenizers(copy)
+
+
+def _check_text(text: object, number: int) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"text {number}: a string is needed, found {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"text {number}: not valid Unicode at character {error.start + 1}") from None
+
+
+def _finish(backend: _Backend, ids: list[int], size: int) -> Tokenizer:
+    digest = hashlib.sha256(backend.serialize().encode("utf-8")).hexdigest()
+    return Tokenizer(backend, *ids, vocab_size=size, fingerprint=digest)
+
+
+def _from_tokenizers(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+    """Finds the six special ids by name; those that are missing are added at the end of the vocabulary."""
+    names = []
+    taken: set[str] = set()
+    for own, foreign in zip(SPECIALS, _FOREIGN, strict=True):
+        found = [name for name in (own, *foreign) if tokenizer.token_to_id(name) is not None and name not in taken]
+        names.append(found[0] if found else own)
+        taken.add(names[-1])
+    missing = [name for name in names if tokenizer.token_to_id(name) is None]
+    if missing:
+        tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in missing])
+    ids = [cast(int, tokenizer.token_to_id(name)) for name in names]
+    backend = _HuggingFace(_settled(tokenizer))
+    return _finish(backend, ids, max(backend.size, max(ids) + 1))
+
+
+def _settled(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as its file will give it back: reading rounds unigram scores, and the fingerprint must not move."""
+    text = tokenizer.to_str(pretty=False)
+    for _ in range(8):
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        again = tokenizer.to_str(pretty=False)
+        if again == text:
+            return tokenizer
+        text = again
+    raise AssertionError("a tokenizer's file does not settle")
+
+
+def _from_sentencepiece(backend: _SentencePiece) -> Tokenizer:
+    processor = backend.processor
+    own = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id(), -1, -1]
+    for position in (SEP, MASK):
+        for name in _FOREIGN[position]:
+            index = processor.piece_to_id(name)
+            if own[position] < 0 and index != processor.unk_id():
+                own[position] = index
+    size = backend.size
+    for position, index in enumerate(own):
+        if index < 0:  # absent from the model: the next free id
+            own[position], size = size, size + 1
+    return _finish(backend, [int(index) for index in own], size)
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, lowercase: bool = False) -> Tokenizer:
+    """Trains a vocabulary of at most `config.vocab_size` entries, special ones included.
+
+    Args:
+        texts: read once.
+        config: `kind` bpe and unigram work on UTF-8 bytes, so that every text round-trips; byte needs no training;
+            character and word map what they have not seen to `unk`. `pretokenized`: words end at spaces only.
+
+    Raises:
+        ConfigError: `vocab_size` is too small, or an option does not fit the kind.
+        DataError: there is no text to learn from.
+    """
+    if config.kind == "file":
+        return bring_tokenizer(config, lowercase)
+    if config.pretokenized and config.kind in ("byte", "character"):
+        raise ConfigError(f"tokenizer.pretokenized: kind {config.kind} does not split words; use bpe, unigram or word")
+    tokenizer, trainer = _untrained(config)
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    if trainer is not None:
+        tokenizer.train_from_iterator(_nonempty(texts), trainer=trainer)
+    return _from_tokenizers(tokenizer)
+
+
+def bring_tokenizer(config: TokenizerConfig, lowercase: bool = False) -> Tokenizer:
+    """The tokenizer in `config.path`, a tokenizer.json or a SentencePiece .model."""
+    if config.path is None:
+        raise ConfigError("tokenizer.kind is file: tokenizer.path must name a tokenizer.json or a SentencePiece .model")
+    if config.pretokenized:
+        raise ConfigError("tokenizer.pretokenized: applies to tokenizers trained here; a file brings its own splitting")
+    tokenizer = Tokenizer.load(config.path)
+    return tokenizer.lowercased() if lowercase else tokenizer
+
+
+def _nonempty(texts: Iterable[str]) -> Iterator[str]:
+    some = False
+    for text in texts:
+        some = some or bool(text.strip())
+        yield text
+    if not some:
+        raise DataError("the tokenizer cannot be trained: the training data holds no text")
+
+
+def _untrained(config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, Any]:
+    """An empty tokenizer and its trainer; None where there is nothing to train."""
+    specials = [tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS]
+    size, unknown = config.vocab_size, SPECIALS[UNK]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if config.kind in ("bpe", "unigram") and size < len(SPECIALS) + 256:
+        raise ConfigError(
+            f"tokenizer.vocab_size: {size} is too small for {config.kind}: 256 bytes and {len(SPECIALS)} special "
+            f"entries need at least {len(SPECIALS) + 256}"
+        )
+    common = {"special_tokens": specials, "show_progress": False}
+    if config.kind == "byte":
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+        tokenizer.add_special_tokens(specials)
+        _byte_level(tokenizer, config)
+        return tokenizer, None
+    if config.kind == "bpe":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        _byte_level(tokenizer, config)
+        return tokenizer, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, **common)
+    if config.kind == "unigram":
+        tokenizer = tokenizers.Tokenizer(models.Unigram())
+        _byte_level(tokenizer, config)
+        return tokenizer, trainers.UnigramTrainer(
+            vocab_size=size, initial_alphabet=alphabet, unk_token=unknown, **common
+        )
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab={}, unk_token=unknown))
+    if config.kind == "character":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+    elif config.pretokenized:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer, trainers.WordLevelTrainer(vocab_size=size, **common)
+
+
+def _byte_level(tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+    """Splits into words, each carrying the space before it, and writes every byte as one visible character."""
+    if config.pretokenized or config.kind == "byte":
+        split = pre_tokenizers.Split(" ", "merged_with_next")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """Special entries, then byte b at id 6 + b, under the visible characters that ByteLevel writes for bytes."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    names = {byte: chr(byte) for byte in visible} | {byte: chr(256 + rank) for rank, byte in enumerate(hidden)}
+    vocabulary = {name: index for index, name in enumerate(SPECIALS)}
+    return vocabulary | {names[byte]: len(SPECIALS) + byte for byte in range(256)}
