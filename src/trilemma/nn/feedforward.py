@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from trilemma.ragged import Ragged
+from trilemma.state import NoState, State
 
 
 class FeedForward(nn.Module):
@@ -23,8 +28,14 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(d_model, 2 * d_ff if self.gated else d_ff, bias=bias)
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_model] -> [..., d_model]."""
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        ragged: Ragged | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """x: [batch, length, d_model] -> the same shape; the contract of a mixer, with nothing to remember."""
         hidden = self.up(x)
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)
@@ -33,9 +44,23 @@ class FeedForward(nn.Module):
             hidden = nn.functional.gelu(hidden)
         else:
             hidden = torch.relu(hidden)
-        out: Tensor = self.down(hidden)
-        return out
+        return self.down(hidden), state
 
-    def flops(self, length: int) -> int:
+    def init_state(
+        self,
+        rows: int,
+        capacity: int | None = None,
+        rewind: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> State:
+        """Nothing is remembered."""
+        return NoState()
+
+    def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """None."""
+        return 0
+
+    def flops(self, length: int, context: int = 0) -> int:
         """Forward FLOPs of `length` tokens."""
         return 2 * length * self.d_model * self.d_ff * (3 if self.gated else 2)
