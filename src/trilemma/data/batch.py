@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
@@ -106,9 +107,7 @@ def concatenated_batch(
 ) -> Batch:
     """inputs = [bos] src [sep] tgt; labels score tgt [eos] only, the first of them at the place of [sep]."""
     inputs = [_row(tokenizer.bos, source, tokenizer.sep, target) for source, target in pairs]
-    labels = [
-        _row(np.full(len(source) + 1, IGNORE, dtype=np.int32), target, tokenizer.eos) for source, target in pairs
-    ]
+    labels = [_row(np.full(len(source) + 1, IGNORE, dtype=np.int32), target, tokenizer.eos) for source, target in pairs]
     batch = _batch(inputs, labels, tokenizer.pad, index, examples)
     prefix = torch.tensor([len(source) + 2 for source, _ in pairs], dtype=torch.int64)
     return replace(batch, prefix=prefix)
@@ -138,8 +137,8 @@ def stream_batch(
 
 
 def mask_batch(batch: Batch, tokenizer: Tokenizer, fraction: float, seed: int) -> Batch:
-    """A masked-language-model batch: `fraction` of the text tokens is chosen; of these 80 % become `mask`, 10 % a random
-    token, 10 % stay (Devlin et al. 2019, "BERT", section 3.1). Labels are the chosen tokens, IGNORE elsewhere.
+    """A masked-language-model batch: `fraction` of the text tokens is chosen; of these 80 % become `mask`, 10 % a
+    random token, 10 % stay (Devlin et al. 2019, "BERT", section 3.1). Labels are the chosen tokens, IGNORE elsewhere.
 
     The choice depends on (seed, batch.index) alone. A batch in which chance chose nothing scores its first text token.
     """

@@ -1,8 +1,9 @@
 """The token cache: ids of a whole split in memory-mapped files, built once and found again by what it was made from.
 
-A store is a folder: for each field `<field>.tokens` (int32) and `<field>.offsets` (int64, examples + 1); where the raw text is
-kept `<field>.text` (UTF-8) and `<field>.text_offsets`; and `meta.json`, written last, with the SHA-256 of each file. It is
-built under a temporary name and renamed, so a store that exists is whole; what does not match its hash is built again.
+A store is a folder: for each field `<field>.tokens` (int32) and `<field>.offsets` (int64, examples + 1); where the
+raw text is kept `<field>.text` (UTF-8) and `<field>.text_offsets`; and `meta.json`, written last, with the SHA-256 of
+each file. It is built under a temporary name and renamed, so a store that exists is whole; what does not match its
+hash is built again.
 """
 
 from __future__ import annotations
@@ -126,14 +127,14 @@ class TokenStore:
 def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     if path.stat().st_size == 0:
         return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # still mapped; slices of a plain array cost less
 
 
 class StoreBuilder:
     """Writes a store piece by piece, in constant memory.
 
-    `append` adds ids (and text) to the example under construction, `finish_example` closes it; `publish` makes the store
-    visible under its key. Leaving the context without `publish` removes what was written.
+    `append` adds ids (and text) to the example under construction, `finish_example` closes it; `publish` makes the
+    store visible under its key. Leaving the context without `publish` removes what was written.
     """
 
     def __init__(self, root: Path, key: str, fields: tuple[str, ...], keep_text: bool) -> None:
@@ -197,8 +198,8 @@ class StoreBuilder:
             "meta": meta,
             "sha256": {name: hash_file(self.folder / name) for name in sorted(self._files)},
         }
-        with (self.folder / "meta.json").open("w", encoding="utf-8") as stream:
-            json.dump(values, stream, indent=1)
+        with (self.folder / "meta.json").open("wb") as stream:
+            stream.write(json.dumps(values, indent=1).encode("utf-8"))
             stream.flush()
             os.fsync(stream.fileno())
         target = self.root / self.key

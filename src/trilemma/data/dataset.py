@@ -182,7 +182,8 @@ class Dataset:
         return PairPlan(first, second, parts, self.config.seed, budget)
 
     def _usable_parts(self, first: Indices, second: Indices) -> list[Part]:
-        """Training examples within the limits; the others are an error, or are dropped and counted, as the config says."""
+        """Training examples within the limits; the others are an error, or are dropped and counted, as the config
+        says."""
         data = self.config.data
         over = (first > data.max_source_length) | (second > data.max_target_length)
         if over.any() and data.over_length == "error":

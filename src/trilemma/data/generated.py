@@ -1,10 +1,12 @@
 """Embedded tasks: pairs that are made, not downloaded, any number of them, from a seed.
 
-"numbers": English to German spoken numbers, ordinals, years, dates, times and money. "copy", "reverse": lists of letters.
+"numbers": English to German spoken numbers, ordinals, years, dates, times and money. "copy", "reverse": lists of
+letters.
 "associative-recall": keys with values, then one key again; its value is the answer (Graves et al. 2014, "Neural Turing
 Machines", section 4.3; in the form of Arora et al. 2023, "Zoology").
 
-No value of one split occurs in another: a hash of the value, not the seed, decides its split (90 % train, 5 % valid, 5 % test).
+No value of one split occurs in another: a hash of the value, not the seed, decides its split (90 % train, 5 % valid,
+5 % test).
 """
 
 from __future__ import annotations
@@ -32,31 +34,33 @@ def generated_names() -> list[str]:
     return sorted(_TASKS)
 
 
-def generate(name: str, split: str, size: int | None, seed: int, options: dict[str, Any]) -> Iterator[Pair]:
-    """Pairs (source, target) of an embedded task, in an order that depends on the seed.
+def generate(name: str, split: str, size: int | None = None, options: dict[str, Any] | None = None) -> Iterator[Pair]:
+    """Pairs (source, target) of an embedded task, in a shuffled order.
 
     Args:
         name: one of `generated_names()`.
         split: "train", "valid" or "test".
-        size: number of pairs; None: every value of the split once, at most `DEFAULT_SIZES[split]`. Training pairs repeat
-            where more are asked for than there are values.
-        seed: decides which values are taken and their order, never their split.
-        options: "numbers": `kinds` (list), `limit` (largest number, exclusive), `form` (words or digits on the English
-            side); "copy", "reverse": `min_length`, `max_length`, `symbols`; "associative-recall": `pairs`, `keys`, `values`.
+        size: number of pairs; None: every value of the split once, at most `DEFAULT_SIZES[split]`. Training pairs
+            repeat where more are asked for than there are values.
+        options: for all tasks `seed` (0): decides which values are taken and their order, never their split.
+            "numbers": `kinds` (list), `limit` (largest number, exclusive), `form` (words or digits on the English
+            side); "copy", "reverse": `min_length`, `max_length`, `symbols`; "associative-recall": `pairs`, `keys`,
+            `values`.
 
     Raises:
         ConfigError: unknown name, split or option.
         DataError: valid or test has fewer values than `size`.
     """
+    options = options or {}
     if name not in _TASKS:
         raise ConfigError(f'unknown generated task "{name}"{nearest(name, _TASKS)}')
     if split not in SPLITS:
         raise ConfigError(f'unknown split "{split}"{nearest(split, SPLITS)}')
     make, known = _TASKS[name]
     for option in options:
-        if option not in known:
-            raise ConfigError(f'generated task "{name}": unknown option "{option}"{nearest(option, known)}')
-    return make(split, size, seed, options)
+        if option not in ("seed", *known):
+            raise ConfigError(f'generated task "{name}": unknown option "{option}"{nearest(option, ("seed", *known))}')
+    return make(split, size, _number(options, "seed", 0, 0, 2**63 - 1), options)
 
 
 def _number(options: dict[str, Any], name: str, default: int, low: int, high: int) -> int:

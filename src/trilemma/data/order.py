@@ -1,7 +1,7 @@
 """Counter-based randomness: every order, mask and sample is a function of (seed, purpose, counter), with no state.
 
-Only the raw output of the Philox counter generator is used (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3"): numpy promises that it never changes, which it does not for `Generator.permutation` and its kind.
+Only the raw output of the Philox counter generator is used (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"): numpy promises that it never changes, which it does not for `Generator.permutation` and its kind.
 """
 
 from __future__ import annotations

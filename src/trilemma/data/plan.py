@@ -1,22 +1,24 @@
 """Which examples make micro-batch k: a pure function of (seed, k), without a running state.
 
-`PairPlan` groups whole examples of similar length under a token budget; `StreamPlan` cuts documents, laid end to end, into rows
-of `context_length`. Both draw an epoch from weighted parts: a part of N examples and weight w gives about w * N examples an
-epoch, and every example once before any example again.
+`PairPlan` groups whole examples of similar length under a token budget; `StreamPlan` cuts documents, laid end to end,
+into rows of `context_length`. Both draw an epoch from weighted parts: a part of N examples and weight w gives about w
+* N examples an epoch, and every example once before any example again.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trilemma.data.order import Indices, integers, permutation
 
 _EPOCHS_KEPT = 2
+EpochType = TypeVar("EpochType")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def draw_epoch(parts: list[Part], seed: int, epoch: int) -> Indices:
 def length_order(first: Indices, second: Indices, groups: int) -> Indices:
     """An order in which neighbours have similar lengths on both sides.
 
-    Groups of similar `first`; inside a group by `second`, upwards and downwards in turn so that group borders are smooth.
+    Groups of similar `first`; inside a group by `second`, upwards and downwards in turn so that group borders are
+    smooth.
     Equal lengths keep their (shuffled) order; the sequence of lengths depends on the lengths alone.
     """
     borders = np.quantile(first, np.arange(1, groups) / groups, method="lower") if groups > 1 else np.zeros(0)
@@ -85,24 +88,76 @@ def padded_tokens(first: Indices, second: Indices, borders: Indices) -> int:
     return int((rows * longest).sum())
 
 
-class PairPlan:
+class Plan(ABC, Generic[EpochType]):
+    """Finds the epoch of a micro-batch and keeps the plans of the last epochs.
+
+    Args:
+        parts: the mixture. seed: of the order.
+        shuffle: False: one fixed pass over the first part (evaluation).
+    """
+
+    def __init__(self, parts: list[Part], seed: int, shuffle: bool) -> None:
+        self.parts, self.seed, self.shuffle = parts, seed, shuffle
+        # With whole weights every epoch holds the same examples, so all have the same number of micro-batches.
+        self._constant = all(float(part.weight).is_integer() for part in parts)
+        self._starts = [0]
+        self._epochs: OrderedDict[int, EpochType] = OrderedDict()
+
+    @abstractmethod
+    def _make(self, epoch: int) -> EpochType:
+        """The plan of one epoch."""
+
+    @abstractmethod
+    def batches(self, epoch: int = 0) -> int:
+        """Micro-batches of an epoch; the same in every epoch when all weights are whole numbers."""
+
+    def _plan(self, epoch: int) -> EpochType:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._make(epoch)
+            if len(self._epochs) > _EPOCHS_KEPT:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(epoch)
+        return self._epochs[epoch]
+
+    def _draw(self, epoch: int) -> Indices:
+        return draw_epoch(self.parts, self.seed, epoch) if self.shuffle else self.parts[0].examples
+
+    def _turn(self, purpose: str, epoch: int, count: int) -> Indices:
+        return permutation(self.seed, purpose, epoch, count) if self.shuffle else np.arange(count, dtype=np.int64)
+
+    def locate(self, k: int) -> tuple[int, int]:
+        """(epoch, micro-batch within it) of micro-batch k."""
+        if self._constant:
+            return divmod(k, self.batches())
+        while self._starts[-1] <= k:
+            self._starts.append(self._starts[-1] + self.batches(len(self._starts) - 1))
+        epoch = int(np.searchsorted(self._starts, k, side="right")) - 1
+        return epoch, k - self._starts[epoch]
+
+
+@dataclass(frozen=True)
+class PairEpoch:
+    """Examples in the order of length, the borders of the micro-batches among them, and the micro-batches' turns."""
+
+    examples: Indices
+    borders: Indices
+    turn: Indices
+
+
+class PairPlan(Plan[PairEpoch]):
     """Micro-batches of whole examples under a token budget.
 
     Args:
         first, second: lengths of each example's two sides as the model sees them (second: 0 where there is one side).
-        parts: the mixture. seed: of the order. budget: padded tokens of a micro-batch.
-        shuffle: False: one fixed pass in the order of length (evaluation).
+        budget: padded tokens of a micro-batch, both sides. The others as in `Plan`.
     """
 
     def __init__(
         self, first: Indices, second: Indices, parts: list[Part], seed: int, budget: int, shuffle: bool = True
     ) -> None:
-        self.first, self.second, self.parts = first, second, parts
-        self.seed, self.budget, self.shuffle = seed, budget, shuffle
+        super().__init__(parts, seed, shuffle)
+        self.first, self.second, self.budget = first, second, budget
         self.groups = self._best_groups()
-        self._epochs: OrderedDict[int, tuple[Indices, Indices, Indices]] = OrderedDict()
-        self._starts = [0]
-        self._constant = all(float(part.weight).is_integer() for part in parts)
 
     def _best_groups(self) -> int:
         """The number of groups that pads least; a property of the lengths, the same in every epoch."""
@@ -116,127 +171,94 @@ class PairPlan:
                 best, least = groups, padded
         return best
 
-    def _plan(self, epoch: int) -> tuple[Indices, Indices, Indices]:
-        """(examples in the order of length, borders of batches, order of the batches) of an epoch."""
-        if epoch in self._epochs:
-            self._epochs.move_to_end(epoch)
-            return self._epochs[epoch]
-        drawn = draw_epoch(self.parts, self.seed, epoch) if self.shuffle else self.parts[0].examples
-        order = length_order(self.first[drawn], self.second[drawn], self.groups)
-        examples = drawn[order]
+    def _make(self, epoch: int) -> PairEpoch:
+        drawn = self._draw(epoch)
+        examples = drawn[length_order(self.first[drawn], self.second[drawn], self.groups)]
         borders = cut(self.first[examples], self.second[examples], self.budget)
-        batches = len(borders) - 1
-        turn = permutation(self.seed, "batches", epoch, batches) if self.shuffle else np.arange(batches)
-        self._epochs[epoch] = (examples, borders, turn)
-        if len(self._epochs) > _EPOCHS_KEPT:
-            self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return PairEpoch(examples, borders, self._turn("batches", epoch, len(borders) - 1))
 
     def batches(self, epoch: int = 0) -> int:
-        """Micro-batches of an epoch; the same in every epoch when all weights are whole numbers."""
-        return len(self._plan(epoch)[2])
-
-    def locate(self, k: int) -> tuple[int, int]:
-        """(epoch, batch within it) of micro-batch k."""
-        if self._constant:
-            return divmod(k, self.batches())
-        while self._starts[-1] <= k:
-            self._starts.append(self._starts[-1] + self.batches(len(self._starts) - 1))
-        epoch = int(np.searchsorted(self._starts, k, side="right")) - 1
-        return epoch, k - self._starts[epoch]
+        return len(self._plan(epoch).turn)
 
     def examples(self, k: int) -> Indices:
         """Indices of the examples of micro-batch k."""
         epoch, batch = self.locate(k)
-        examples, borders, turn = self._plan(epoch)
-        place = turn[batch]
-        return examples[borders[place] : borders[place + 1]]
+        plan = self._plan(epoch)
+        place = plan.turn[batch]
+        return plan.examples[plan.borders[place] : plan.borders[place + 1]]
 
     def padding(self) -> float:
-        """Share of padding in the tokens of an epoch."""
-        examples, borders, _ = self._plan(0)
-        first, second = self.first[examples], self.second[examples]
-        return 1 - float(first.sum() + second.sum()) / max(1, padded_tokens(first, second, borders))
+        """Share of padding in the tokens of the first epoch."""
+        plan = self._plan(0)
+        first, second = self.first[plan.examples], self.second[plan.examples]
+        return 1 - float(first.sum() + second.sum()) / max(1, padded_tokens(first, second, plan.borders))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Positions [start, stop) of a document's unit (document with its added special ids)."""
+    """Positions [start, stop) of a document's unit (the document with its added special ids)."""
 
     document: int
     start: int
     stop: int
 
 
-class StreamPlan:
-    """Rows of `length` tokens cut from documents laid end to end, in rings: the cut of each epoch starts elsewhere.
+@dataclass(frozen=True)
+class StreamEpoch:
+    """Documents in their order, where each starts (and the last ends), where the first row starts, the rows' turns."""
+
+    documents: Indices
+    starts: Indices
+    offset: int
+    turn: Indices
+
+
+class StreamPlan(Plan[StreamEpoch]):
+    """Rows of `length` tokens cut from documents laid end to end in a ring, which each epoch cuts at another place.
 
     Args:
-        units: length of each document with what is added to it. rows: rows of a micro-batch.
-        shuffle: False: one fixed pass in file order (evaluation).
+        units: length of each document with what is added to it.
+        length: tokens of a row; rows: of a micro-batch. The others as in `Plan`.
     """
 
     def __init__(
         self, units: Indices, parts: list[Part], seed: int, length: int, rows: int, shuffle: bool = True
     ) -> None:
-        self.units, self.parts, self.seed = units, parts, seed
-        self.length, self.rows, self.shuffle = length, rows, shuffle
-        self._epochs: OrderedDict[int, tuple[Indices, NDArray[np.int64], int, Indices]] = OrderedDict()
-        self._starts = [0]
-        self._constant = all(float(part.weight).is_integer() for part in parts)
+        super().__init__(parts, seed, shuffle)
+        self.units, self.length, self.rows = units, length, rows
 
-    def _plan(self, epoch: int) -> tuple[Indices, Indices, int, Indices]:
-        """(documents in order, where each starts in the ring, where the first row starts, order of the rows)."""
-        if epoch in self._epochs:
-            self._epochs.move_to_end(epoch)
-            return self._epochs[epoch]
-        documents = draw_epoch(self.parts, self.seed, epoch) if self.shuffle else self.parts[0].examples
-        starts = np.concatenate([[0], np.cumsum(self.units[documents])]).astype(np.int64)
+    def _make(self, epoch: int) -> StreamEpoch:
+        documents = self._draw(epoch)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.units[documents])])
         total = int(starts[-1])
-        count = -(-total // self.length)
         offset = int(integers(self.seed, "offset", epoch, 1, total)[0]) if self.shuffle else 0
-        turn = permutation(self.seed, "rows", epoch, count) if self.shuffle else np.arange(count)
-        self._epochs[epoch] = (documents, starts, offset, turn)
-        if len(self._epochs) > _EPOCHS_KEPT:
-            self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return StreamEpoch(documents, starts, offset, self._turn("rows", epoch, -(-total // self.length)))
 
     def batches(self, epoch: int = 0) -> int:
-        """Micro-batches of an epoch; the same in every epoch when all weights are whole numbers."""
-        return -(-len(self._plan(epoch)[3]) // self.rows)
-
-    def locate(self, k: int) -> tuple[int, int]:
-        """(epoch, batch within it) of micro-batch k."""
-        if self._constant:
-            return divmod(k, self.batches())
-        while self._starts[-1] <= k:
-            self._starts.append(self._starts[-1] + self.batches(len(self._starts) - 1))
-        epoch = int(np.searchsorted(self._starts, k, side="right")) - 1
-        return epoch, k - self._starts[epoch]
+        return -(-len(self._plan(epoch).turn) // self.rows)
 
     def pieces(self, k: int) -> list[list[Piece]]:
         """For each row of micro-batch k, the pieces of documents that fill it."""
         epoch, batch = self.locate(k)
-        documents, starts, offset, turn = self._plan(epoch)
-        total = int(starts[-1])
+        plan = self._plan(epoch)
+        total = int(plan.starts[-1])
         result = []
-        for row in turn[batch * self.rows : (batch + 1) * self.rows]:
-            begin = offset + int(row) * self.length
-            end = min(begin + self.length, offset + total)
+        for row in plan.turn[batch * self.rows : (batch + 1) * self.rows]:
+            begin = plan.offset + int(row) * self.length
+            end = min(begin + self.length, plan.offset + total)
             spans = [(begin, min(end, total)), (max(begin, total) - total, end - total)]
-            result.append([piece for low, high in spans if low < high for piece in _cut_span(documents, starts, low, high)])
+            filled = [_cut_span(plan, low, high) for low, high in spans if low < high]
+            result.append([piece for part in filled for piece in part])
         return result
 
 
-def _cut_span(documents: Indices, starts: Indices, low: int, high: int) -> list[Piece]:
+def _cut_span(plan: StreamEpoch, low: int, high: int) -> list[Piece]:
     """The documents' parts between two places of the ring."""
     pieces = []
-    place = int(np.searchsorted(starts, low, side="right")) - 1
+    place = int(np.searchsorted(plan.starts, low, side="right")) - 1
     while low < high:
-        start, stop = int(starts[place]), int(starts[place + 1])
-        if stop > low:
-            last = min(high, stop)
-            pieces.append(Piece(int(documents[place]), low - start, last - start))
-            low = last
-        place += 1
+        start, stop = int(plan.starts[place]), int(plan.starts[place + 1])
+        last = min(high, stop)
+        pieces.append(Piece(int(plan.documents[place]), low - start, last - start))
+        low, place = last, place + 1
     return pieces

@@ -51,8 +51,8 @@ def prepare(
         config: `data`, `tokenizer`, `training.batch_tokens`, `seed` and `model.layout` are used.
         tokenizer: one to use instead of `config.tokenizer`'s (resuming, evaluating).
         cache_dir: of token stores; None: `default_cache_dir()`.
-        data: training examples instead of `config.data.train`: str, (source, target) or dict; or a mapping from split names
-            to such iterables. It is read once and kept in the cache.
+        data: training examples instead of `config.data.train`: str, (source, target) or dict; or a mapping from split
+            names to such iterables. It is read once and kept in the cache.
 
     Returns:
         The dataset and its tokenizer.
@@ -82,7 +82,9 @@ def _sources(
     config: RunConfig, root: Path, data: Iterable[object] | Mapping[str, Iterable[object]] | None
 ) -> dict[str, list[Source]]:
     """The sources of each split; a generated task brings its own valid and test."""
-    given: Mapping[str, Iterable[object]] = data if isinstance(data, Mapping) else {} if data is None else {"train": data}
+    given: Mapping[str, Iterable[object]] = {}
+    if data is not None:
+        given = data if isinstance(data, Mapping) else {"train": data}
     for split in given:
         if split not in ("train", "valid", "test"):
             raise ConfigError(f'data: unknown split "{split}"{nearest(str(split), ("train", "valid", "test"))}')
@@ -117,7 +119,7 @@ def _spool(items: Iterable[object], task: str, split: str, root: Path) -> Source
             raise DataError(f"data: the {split} iterable is empty")
         target = folder / f"{hash_file(temporary)}.jsonl"
         temporary.replace(target)
-    return Source(path=str(target))
+    return Source.model_validate({"path": str(target)})
 
 
 class _Input:
@@ -125,7 +127,7 @@ class _Input:
 
     def __init__(self, source: Source, split: str, config: RunConfig, root: Path) -> None:
         self.source, self.split, self.root, self.task = source, split, root, config.data.task
-        self.lowercase, self.seed = config.data.lowercase, config.seed
+        self.lowercase = config.data.lowercase
         self.files = source_files(source)
         for path in self.files:
             check_file(path)
@@ -136,18 +138,18 @@ class _Input:
             _PREPARE_VERSION,
             [(hash_file(path), file_format(path), path.suffix) for path in self.files],
             [source.generated, source.size, source.options, split if source.generated else "", GENERATOR_VERSION],
-            self.seed if source.generated else 0,
             [self.task, self.lowercase, self.documents if is_streamed(self.task) else ""],
         )
 
-    def items(self) -> Iterator[Item]:
+    def examples(self) -> Iterator[Item]:
         """The examples, lower-cased where asked for."""
         for example, ends in self._raw_items():
             yield (tuple(text.lower() for text in example) if self.lowercase else example), ends
 
     def _raw_items(self) -> Iterator[Item]:
         if self.source.generated is not None:
-            pairs = generate(self.source.generated, self.split, self.source.size, self.seed, self.source.options)
+            # The run's seed has no part in this: runs that differ in their seed share data, tokenizer and test set.
+            pairs = generate(self.source.generated, self.split, self.source.size, self.source.options)
             for source, target in pairs:
                 yield ((f"{source} = {target}",) if is_streamed(self.task) else (source, target)), True
         elif is_streamed(self.task):
@@ -160,7 +162,7 @@ class _Input:
     def texts(self) -> Iterator[str]:
         """What a tokenizer learns from: every text, without class labels."""
         fields = [index for index, field in enumerate(FIELDS[self.task]) if field != "label"]
-        for example, _ in self.items():
+        for example, _ in self.examples():
             for index in fields:
                 yield example[index]
 
@@ -181,8 +183,8 @@ class _Input:
     def _fill(self, builder: StoreBuilder, tokenizer: Tokenizer, labels: list[str] | None) -> None:
         progress = Progress(f"tokenising {self.name}")
         encoders = [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]]
-        items = self.items()
-        while chunk := list(islice(items, _BATCH)):
+        examples = self.examples()
+        while chunk := list(islice(examples, _BATCH)):
             columns = [encode([example[i] for example, _ in chunk]) for i, encode in enumerate(encoders)]
             for row, (example, ends) in enumerate(chunk):
                 for index, field in enumerate(builder.fields):
@@ -213,7 +215,7 @@ def _labels(data: DataConfig, inputs: list[_Input]) -> list[str]:
     """Names of the classes: the config's, else those of the training data in order (as numbers where all are)."""
     if data.labels is not None:
         return data.labels
-    found = {example[1] for item in inputs for example, _ in item.items()}
+    found = {example[1] for item in inputs for example, _ in item.examples()}
     if len(found) < 2:
         raise DataError(f"{inputs[0].name}: classification needs two labels or more, found {sorted(found)}")
     return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)

@@ -1,7 +1,8 @@
 """Reads text from files, line by line, in constant memory, and says exactly where a file is wrong.
 
-A source is one of: two aligned text files; .txt, .tsv, .jsonl or .parquet; each text format also as .gz or .zst. Lines end at
-"\\n" (or "\\r\\n") only: other Unicode line breaks are text, because splitting at them shifts aligned files against each other.
+A source is one of: two aligned text files; .txt, .tsv, .jsonl or .parquet; each text format also as .gz or .zst.
+Lines end at "\\n" (or "\\r\\n") only: other Unicode line breaks are text, because splitting at them shifts aligned
+files against each other.
 An example is a tuple of strings, one for each name in `FIELDS[task]`.
 """
 
@@ -250,8 +251,8 @@ def read_records(source: Source, task: str) -> Iterator[Example]:
     """Streams the examples of a source of files.
 
     Args:
-        source: with `path`, or `source` and `target`. `options` may hold `columns` (numbers from 1) and `header` for .tsv,
-            `keys` for .jsonl and .parquet.
+        source: with `path`, or `source` and `target`. `options` may hold `columns` (numbers from 1) and `header` for
+            .tsv, `keys` for .jsonl and .parquet.
         task: a key of `FIELDS`.
 
     Raises:
@@ -283,8 +284,9 @@ def read_records(source: Source, task: str) -> Iterator[Example]:
 def read_documents(source: Source, task: str, documents: str) -> Iterator[tuple[str, bool]]:
     """Streams documents as (piece of text, whether the document ends here), for language models.
 
-    `documents` cuts plain text: "line" (each line is a document, without its line end), "blank" (documents are separated by
-    empty lines), "file" (the whole file with its line ends is one document). Records are one document each.
+    `documents` cuts plain text: "line" (each line is a document, without its line end), "blank" (documents are
+    separated by empty lines), "file" (the whole file with its line ends is one document). Records are one document
+    each.
     """
     path = source_files(source)[0] if source_files(source) else None
     if documents not in DOCUMENTS:

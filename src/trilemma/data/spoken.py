@@ -119,7 +119,8 @@ def _read_options(options: dict[str, Any]) -> tuple[list[str], int, bool]:
 
 
 def _shares(available: list[int], size: int, repeat: bool) -> list[int]:
-    """How many examples each kind gives: equal shares; what a small kind lacks, the others give, unless it may repeat."""
+    """How many examples each kind gives: equal shares; what a small kind lacks, the others give, unless it may
+    repeat."""
     if repeat:
         return [size // len(available) + (rank < size % len(available)) for rank in range(len(available))]
     shares = [0] * len(available)
@@ -140,11 +141,12 @@ def spoken_pairs(
     if split != "train" and wanted > sum(available):
         raise DataError(f'generated task "numbers": {split} has only {sum(available)} different values, not {wanted}')
     shares = _shares(available, wanted, repeat=wanted > sum(available))
-    chosen: list[tuple[int, int]] = []
+    ranks, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for rank, (pool, share) in enumerate(zip(pools, shares, strict=True)):
         for turn in range(-(-share // len(pool))):
             order = permutation(seed, f"numbers.{kinds[rank]}.{split}", turn, len(pool))
-            chosen += [(rank, int(pool[index])) for index in order[: share - turn * len(pool)]]
-    for index in permutation(seed, f"numbers.{split}", 0, len(chosen)):
-        rank, value = chosen[index]
-        yield _KINDS[kinds[rank]].speak(value=value, digits=digits)
+            values.append(pool[order[: share - turn * len(pool)]])
+            ranks.append(np.full(len(values[-1]), rank))
+    all_ranks, all_values = np.concatenate(ranks), np.concatenate(values)
+    for index in permutation(seed, f"numbers.{split}", 0, len(all_values)):
+        yield _KINDS[kinds[all_ranks[index]]].speak(value=int(all_values[index]), digits=digits)

@@ -1,7 +1,8 @@
 """Text to token ids and back: trained here, or brought along.
 
-Every vocabulary that is trained here has the same six special ids (`SPECIALS`). Their names hold a space, which no trained
-model can produce from text, and special names are never looked for in text: what a user writes, "<eos>" included, is text.
+Every vocabulary that is trained here has the same six special ids (`SPECIALS`). Their names hold a space, which no
+trained model can produce from text, and special names are never looked for in text: what a user writes, "<eos>"
+included, is text.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class _HuggingFace:
         return [item.ids for item in encoded]
 
     def decode(self, ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=False))
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def serialize(self) -> str:
-        return cast(str, self.tokenizer.to_str(pretty=False))
+        return self.tokenizer.to_str(pretty=False)
 
 
 class _SentencePiece:
@@ -95,8 +96,8 @@ class _SentencePiece:
 class Tokenizer:
     """A vocabulary with its six special ids; `vocab_size` counts all of them.
 
-    `encode` adds no special ids, `decode` leaves them out. For kinds byte, bpe and unigram `decode(encode(text)) == text`
-    for every valid text (lower-cased where asked for).
+    `encode` adds no special ids, `decode` leaves them out. For kinds byte, bpe and unigram `decode(encode(text)) ==
+    text` for every valid text (lower-cased where asked for).
     """
 
     backend: _Backend
@@ -168,7 +169,7 @@ class Tokenizer:
         """A tokenizer from the bytes of a tokenizer.json or of a SentencePiece model."""
         if not content:
             raise DataError(f"{where}: the file is empty")
-        if not content.lstrip()[:1] == b"{":
+        if content.lstrip()[:1] != b"{":
             return _from_sentencepiece(_SentencePiece(content, False, where))
         try:
             values = json.loads(content.decode("utf-8"))
@@ -205,7 +206,8 @@ def _check_text(text: object, number: int) -> None:
 
 def _finish(backend: _Backend, ids: list[int], size: int) -> Tokenizer:
     digest = hashlib.sha256(backend.serialize().encode("utf-8")).hexdigest()
-    return Tokenizer(backend, *ids, vocab_size=size, fingerprint=digest)
+    pad, bos, eos, unk, sep, mask = ids
+    return Tokenizer(backend, pad, bos, eos, unk, sep, mask, vocab_size=size, fingerprint=digest)
 
 
 def _from_tokenizers(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
@@ -304,7 +306,7 @@ def _untrained(config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, Any]:
             f"tokenizer.vocab_size: {size} is too small for {config.kind}: 256 bytes and {len(SPECIALS)} special "
             f"entries need at least {len(SPECIALS) + 256}"
         )
-    common = {"special_tokens": specials, "show_progress": False}
+    common: dict[str, Any] = {"vocab_size": size, "special_tokens": specials, "show_progress": False}
     if config.kind == "byte":
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
         tokenizer.add_special_tokens(specials)
@@ -313,13 +315,11 @@ def _untrained(config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, Any]:
     if config.kind == "bpe":
         tokenizer = tokenizers.Tokenizer(models.BPE())
         _byte_level(tokenizer, config)
-        return tokenizer, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, **common)
+        return tokenizer, trainers.BpeTrainer(initial_alphabet=alphabet, **common)
     if config.kind == "unigram":
         tokenizer = tokenizers.Tokenizer(models.Unigram())
         _byte_level(tokenizer, config)
-        return tokenizer, trainers.UnigramTrainer(
-            vocab_size=size, initial_alphabet=alphabet, unk_token=unknown, **common
-        )
+        return tokenizer, trainers.UnigramTrainer(initial_alphabet=alphabet, unk_token=unknown, **common)
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab={}, unk_token=unknown))
     if config.kind == "character":
         tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
@@ -328,7 +328,7 @@ def _untrained(config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, Any]:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer, trainers.WordLevelTrainer(vocab_size=size, **common)
+    return tokenizer, trainers.WordLevelTrainer(**common)
 
 
 def _byte_level(tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
