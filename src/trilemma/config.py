@@ -1,6 +1,7 @@
 """Typed configuration: YAML plus `section.key=value` overrides, resolved once and written to the run.
 
-Every key is known: an unknown one is an error that names the nearest. `load_config` and `load_study` are the only readers.
+Every key is known: an unknown one is an error that names the nearest. `load_config` and `load_study` are the only
+readers.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class DataConfig(Section):
     context_length: int = Field(256, ge=1, description="tokens of a language-model row")
     over_length: Literal["error", "drop"] = Field("error", description="training examples over the limits")
     packing: bool = Field(True, description="language models: several documents in one row, with boundaries")
-    labels: list[str] | None = Field(None, description="classes in the order of their ids; None: from the training data")
+    labels: list[str] | None = Field(
+        None, description="classes in the order of their ids; None: from the training data"
+    )
 
 
 class TokenizerConfig(Section):
@@ -117,7 +120,7 @@ class TrainingConfig(Section):
     max_seconds: float | None = Field(None, gt=0, description="seconds of training, summed over resumes")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens of one micro-batch, source and target counted")
     accumulate: int = Field(1, ge=1, description="micro-batches of one optimizer step, over all processes")
-    learning_rate: float = Field(1e-3, gt=0, description="peak")
+    learning_rate: float = Field(1e-3, gt=0, description="peak; for noam the factor, 1.0 in the paper")
     schedule: Literal["noam", "inverse-sqrt", "cosine", "warmup-stable-decay", "constant"] = "inverse-sqrt"
     warmup_steps: int = Field(400, ge=0)
     decay_fraction: float = Field(0.2, ge=0, le=1, description="warmup-stable-decay: last part of the steps")
@@ -130,7 +133,7 @@ class TrainingConfig(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mask_fraction: float = Field(0.15, gt=0, lt=1, description="masked language model")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the exponential moving average")
-    average_last: int = Field(1, ge=1, description="checkpoints averaged into the final model")
+    average_last: int = Field(1, ge=1, description="checkpoints averaged into the final model, and so kept")
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -139,6 +142,7 @@ class TrainingConfig(Section):
     validate_every: int | None = Field(None, ge=1, description="steps; None: at every checkpoint")
     patience: int | None = Field(None, ge=1, description="validations without a better loss before stopping")
     log_every: int = Field(20, ge=1, description="steps")
+    tensorboard: Literal["auto", "on", "off"] = Field("auto", description="auto: where the package is installed")
 
 
 class DecodingConfig(Section):
@@ -312,7 +316,8 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyCon
 
 def dump(config: Section) -> str:
     """YAML that `parse` reads back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,18 @@ class LawError(TrilemmaError):
     """A path without a law record is asked to run, or a law does not hold."""
 
 
+class TrainingError(TrilemmaError):
+    """Training cannot go on: the loss or a gradient is not a number."""
+
+
+class Interrupted(TrilemmaError):
+    """A signal ended training after its state was saved; the exit code is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`'; did you mean "x"?'` for the closest valid name, else the list of valid names."""
     names = sorted(set(valid))

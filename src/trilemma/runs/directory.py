@@ -45,8 +45,8 @@ CHECKPOINTS = "checkpoints"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEXT_LIMIT = 1 << 30
-# A file with one of these endings could be taken for part of the run, so an unlisted one is refused; notes are welcome.
-_CONTENT = (".safetensors", ".json", ".yaml", ".yml", ".bin", ".pt", ".pkl")
+# Weights of unknown origin beside ours are refused by name; what else a folder holds (notes, plots) is never read.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class RunDirectory:
@@ -132,7 +132,7 @@ class RunDirectory:
                 break
         known = found.files.keys() | found.pending.keys() | {manifest.NAME}
         for name in files.names(self.path):
-            if name not in known and name.endswith(_CONTENT) and not name.startswith("."):
+            if name not in known and name.endswith(_WEIGHTS) and not name.startswith("."):
                 raise CheckpointError(f"{self.path / name}: not listed in {manifest.NAME}; a foreign file. Remove it")
         return found
 
