@@ -1,8 +1,8 @@
 """Names that users write, resolved to the classes that serve them.
 
-Discovery is automatic: every module of the package `trilemma.mixers` is imported once, and a class registers itself with
-`@register_mixer("name")`. A plug-in file given on the command line does the same. Nothing in a run, a config or a data file
-can name code: names resolve here only.
+Discovery is automatic: every module of the package `trilemma.mixers` is imported once, and a class registers itself
+with `@register_mixer("name")`. A plug-in file given on the command line does the same. Nothing in a run, a config or a
+data file can name code: names resolve here only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,7 +26,7 @@ _discovered = False
 MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
 
 
-def register_mixer(name: str):  # noqa: ANN201 - the decorator returns the class unchanged
+def register_mixer(name: str) -> Callable[[MixerClass], MixerClass]:
     """Class decorator: makes a mixer available under `name` in configs, the command line and the laws."""
 
     def add(cls: MixerClass) -> MixerClass:

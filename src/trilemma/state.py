@@ -1,9 +1,9 @@
 """State: what a sequence has left behind in a layer, and the verbs that every kind of it knows.
 
-A KV cache, a window's ring buffer, a convolution's tail, a recurrence's matrix and the memory that cross-attention reads are
-all a `State`: a pytree of tensors whose axis 0 is the sequence ("row"). Under autograd an update returns new tensors and is
-differentiable; with autograd off it happens in place, at addresses that only `reserve` may move. Always go on with the
-returned State; who wants to branch clones first.
+A KV cache, a window's ring buffer, a convolution's tail, a recurrence's matrix and the memory that cross-attention
+reads are all a `State`: a pytree of tensors whose axis 0 is the sequence ("row"). Under autograd an update returns new
+tensors and is differentiable; with autograd off it happens in place, at addresses that only `reserve` may move. Always
+go on with the returned State; who wants to branch clones first.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     y = concat_h( softmax(Q_h K_h^T / sqrt(head_dim)) V_h ) W_O
 
-with multi-query and grouped-query keys (arXiv 1911.02150, 2305.13245), full or sliding window, causal, bidirectional or with
-a prefix, and positions by rotation (RoPE, arXiv 2104.09864; xPos, arXiv 2212.10554) or by bias (ALiBi, arXiv 2108.12409;
-T5, arXiv 1910.10683).
+with multi-query and grouped-query keys (arXiv 1911.02150, 2305.13245), full or sliding window, causal, bidirectional
+or with a prefix, and positions by rotation (RoPE, arXiv 2104.09864; xPos, arXiv 2212.10554) or by bias (ALiBi, arXiv
+2108.12409; T5, arXiv 1910.10683).
 
 Legend: B rows, L length, H heads, G key-value heads, D head_dim, K keys.
 """
@@ -96,7 +96,9 @@ class Attention(Mixer):
         if self.position not in ("none", "rotary", "xpos", "alibi", "t5", "t5-shared"):
             raise ConfigError(f'attention: unknown position "{self.position}"')
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"attention: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ConfigError(
+                f"attention: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.position in ("rotary", "xpos") and self.head_dim % 2:
             raise ConfigError(f"attention: {self.position} needs an even head_dim, found {self.head_dim}")
         if self.window is not None and self.window < 1:
@@ -176,10 +178,9 @@ class Attention(Mixer):
         packed = ragged is not None and ragged.is_packed
         prefix = ragged.prefix if ragged is not None and self.causal else None
         windowed = self.window is not None and self.window < keys.shape[2]
-        if not (packed or windowed or prefix is not None or self._has_bias):
-            # Padding comes last: causal queries never see it.
-            if self.causal or valid is None:
-                return attend(queries, keys, values, is_causal=self.causal, scale=self.scale)
+        plain = not (packed or windowed or prefix is not None or self._has_bias)
+        if plain and (self.causal or valid is None):  # padding comes last: causal queries never see it
+            return attend(queries, keys, values, is_causal=self.causal, scale=self.scale)
         key_positions = positions if valid is None else torch.where(valid, positions, -1)
         segments = ragged.segments if ragged is not None else None
         mask = attention_mask(positions, key_positions, self.causal, self.window, prefix, segments, segments)
@@ -225,11 +226,12 @@ class Attention(Mixer):
         if self.position == "alibi":
             slopes = torch.tensor(alibi_slopes(self.num_heads), device=distance.device, dtype=self.out.weight.dtype)
             return -distance.abs()[:, None].to(slopes.dtype) * slopes[:, None, None]
-        table = self.t5_bias
-        if table is None:
-            if shared is None or "t5_bias" not in shared:
-                raise ConfigError("attention: position t5-shared needs the stack's t5_bias")
+        if self.t5_bias is not None:
+            table: Tensor = self.t5_bias
+        elif shared is not None and "t5_bias" in shared:
             table = shared["t5_bias"]
+        else:
+            raise ConfigError("attention: position t5-shared needs the stack's t5_bias")
         return table[t5_buckets(distance, self.causal, _T5_BUCKETS)].permute(0, 3, 1, 2)
 
     def count_parameters(self) -> int:

@@ -2,7 +2,8 @@
 
     y, state = mixer(x, state=None, ragged=None, shared=None)        # x, y: [batch, length, d_model]
 
-Whole sequence, chunks of any size or token by token: the same y, the same onward behaviour. `trilemma verify` proves it.
+Whole sequence, chunks of any size or token by token: the same y, the same onward behaviour. `trilemma verify` proves
+it.
 
 To add a mixer, subclass `Mixer`, decorate it with `@register_mixer("name")`, and write `mix`, `new_state`, `flops` and
 `state_bytes`. See docs/add-a-mixer.md.
@@ -104,8 +105,7 @@ class Mixer(nn.Module, ABC):
         """Names of own parameters that an optimizer must not decay, beyond vectors, which never are."""
         return set()
 
-    @final
-    def forward(
+    def forward(  # final in spirit; nn.Module's own `forward` is a plain attribute, which forbids the decorator
         self,
         x: Tensor,
         state: State | None = None,
@@ -132,7 +132,9 @@ class Mixer(nn.Module, ABC):
             raise CapabilityError(f'mixer "{self.name}" reads a memory: give it the State that holds it')
         if state is not None and not self.capabilities.reads_memory:
             if not self.causal:
-                raise CapabilityError(f'mixer "{self.name}" was built bidirectional: it reads whole sequences, no State')
+                raise CapabilityError(
+                    f'mixer "{self.name}" was built bidirectional: it reads whole sequences, no State'
+                )
             if ragged is not None and ragged.is_packed:
                 raise CapabilityError("packed rows hold whole sequences; they cannot carry a State")
         if ragged is not None and ragged.prefix is not None and not self.capabilities.prefix:
@@ -178,9 +180,9 @@ class Mixer(nn.Module, ABC):
 class Replay(State):
     """Rewinding for States that cannot shorten themselves: an anchor in the past and the inputs since.
 
-    `current` is the State after all tokens; `anchor` lies up to 2 * limit tokens back; `recent` holds the mixer's inputs
-    since. Rewinding shortens `recent`; the next call rebuilds `current` from the anchor. The anchor moves up only when
-    `recent` is full, so a token is run twice on average.
+    `current` is the State after all tokens; `anchor` lies up to 2 * limit tokens back; `recent` holds the mixer's
+    inputs since. Rewinding shortens `recent`; the next call rebuilds `current` from the anchor. The anchor moves up
+    only when `recent` is full, so a token is run twice on average.
     """
 
     current: State

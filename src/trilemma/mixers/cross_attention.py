@@ -1,7 +1,8 @@
-"""Cross-attention: queries from the decoder, keys and values from a memory ("Attention Is All You Need", section 3.2.3).
+"""Cross-attention: queries from the decoder, keys and values from a memory ("Attention Is All You Need", section
+3.2.3).
 
-The memory is a State, in training too: computed once by `remember`, differentiable, read-only for the reader, appendable by
-its producer. Hypotheses of one source share it without a copy.
+The memory is a State, in training too: computed once by `remember`, differentiable, read-only for the reader,
+appendable by its producer. Hypotheses of one source share it without a copy.
 
 Legend: B rows, S sources, L length, K memory length, H heads, G key-value heads, D head_dim.
 """

@@ -1,6 +1,7 @@
 """Gated recurrent unit (Cho et al. 2014, arXiv 1406.1078), torch's kernel (reset gate after the product).
 
-    r, z = s(W_x x_t + W_h h_{t-1} + b);  n = tanh(W_n x_t + b_n + r * (U_n h_{t-1} + c_n));  h_t = (1 - z) n + z h_{t-1}
+    r, z = s(W_x x_t + W_h h_{t-1} + b);  n = tanh(W_n x_t + b_n + r * (U_n h_{t-1} + c_n));  h_t = (1 - z) n + z
+    h_{t-1}
 
 s is the logistic function.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.mixers.base import Capabilities, Mixer
-from trilemma.nn.recurrent import run_kernel
+from trilemma.nn.recurrent import init_kernel, run_kernel
 from trilemma.ragged import Ragged
 from trilemma.registry import register_mixer
 from trilemma.state import State, updated
@@ -46,11 +47,7 @@ class GRU(Mixer):
         self.hidden = hidden or d_model
         self.kernel = nn.GRU(d_model, self.hidden, batch_first=True)
         self.out = nn.Linear(self.hidden, d_model) if self.hidden != d_model else None
-        nn.init.xavier_uniform_(self.kernel.weight_ih_l0)
-        for gate in self.kernel.weight_hh_l0.chunk(3):
-            nn.init.orthogonal_(gate)
-        nn.init.zeros_(self.kernel.bias_ih_l0)
-        nn.init.zeros_(self.kernel.bias_hh_l0)
+        init_kernel(self.kernel, gates=3)
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.mixers.base import Capabilities, Mixer
-from trilemma.nn.recurrent import run_kernel
+from trilemma.nn.recurrent import init_kernel, run_kernel
 from trilemma.ragged import Ragged
 from trilemma.registry import register_mixer
 from trilemma.state import State, updated
@@ -43,20 +43,12 @@ class LSTM(Mixer):
         constant_state=True, compiles="torch's recurrent kernel is opaque to the compiler; it runs as it is"
     )
 
-    def __init__(
-        self, d_model: int, causal: bool = True, hidden: int | None = None, forget_bias: float = 1.0
-    ) -> None:
+    def __init__(self, d_model: int, causal: bool = True, hidden: int | None = None, forget_bias: float = 1.0) -> None:
         super().__init__(d_model, causal)
         self.hidden = hidden or d_model
         self.kernel = nn.LSTM(d_model, self.hidden, batch_first=True)
         self.out = nn.Linear(self.hidden, d_model) if self.hidden != d_model else None
-        nn.init.xavier_uniform_(self.kernel.weight_ih_l0)
-        for gate in self.kernel.weight_hh_l0.chunk(4):
-            nn.init.orthogonal_(gate)
-        nn.init.zeros_(self.kernel.bias_ih_l0)
-        nn.init.zeros_(self.kernel.bias_hh_l0)
-        with torch.no_grad():
-            self.kernel.bias_ih_l0[self.hidden : 2 * self.hidden] = forget_bias
+        init_kernel(self.kernel, gates=4, forget_bias=forget_bias)
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device

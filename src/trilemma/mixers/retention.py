@@ -65,8 +65,8 @@ class Retention(Mixer):
         num_heads: heads; the paper's head_dim is 256.
         head_dim: E; None: d_model / num_heads.
         value_factor: F = value_factor * E; the paper's is 2.
-        decay: paper, experiments (see `retention_log_decay`), one (a single gamma of 127/128, the ablation "- multi-scale
-            decay") or none (gamma = 1, the ablation "- gamma decay").
+        decay: paper, experiments (see `retention_log_decay`), one (a single gamma of 127/128, the ablation "-
+            multi-scale decay") or none (gamma = 1, the ablation "- gamma decay").
         gate: the swish gate.
         group_norm: rms (the published code's, without weights), layer (the paper's GroupNorm, without weights) or none.
         normaliser: the paper's three rescalings (section 2.4). With a group norm they change numerics only.

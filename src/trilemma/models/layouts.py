@@ -90,8 +90,8 @@ class SequenceModel(nn.Module, ABC):
             types: [B, L] token types.
 
         Returns:
-            hidden [B, L, d_model] after the final norm; `head` makes logits of it. A classifier returns one vector a row,
-            [B, d_model].
+            hidden [B, L, d_model] after the final norm; `head` makes logits of it. A classifier returns one vector a
+            row, [B, d_model].
         """
 
     def prefill(
@@ -119,9 +119,7 @@ class SequenceModel(nn.Module, ABC):
         Raises:
             CapabilityError: an encoder-only model, a missing or superfluous source.
         """
-        state = self.begin(
-            len(inputs), source=source, source_lengths=source_lengths, capacity=capacity, rewind=rewind
-        )
+        state = self.begin(len(inputs), source=source, source_lengths=source_lengths, capacity=capacity, rewind=rewind)
         ragged = _ragged(inputs, lengths, prefix if self.config.prefix else None)
         hidden, state = self._advance(inputs, state, ragged)
         if lengths is None:
@@ -176,7 +174,8 @@ class SequenceModel(nn.Module, ABC):
         return [mixer for stack in self.stacks() for mixer in stack.mixers()]
 
     def parameter_counts(self) -> dict[str, int]:
-        """Counted weights: total, embedding (tables of tokens, positions, types, and an untied output), and the rest."""
+        """Counted weights: total, embedding (tables of tokens, positions, types, and an untied output), and the
+        rest."""
         total = sum(parameter.numel() for parameter in self.parameters())
         tables = {id(module): module for module in self.modules() if isinstance(module, nn.Embedding)}
         embedding = sum(module.weight.numel() for module in tables.values())
@@ -299,7 +298,8 @@ class EncoderDecoder(SequenceModel):
         return [self.encoder, self.stack]
 
     def flops(self, length: int, source_length: int = 0) -> int:
-        """Encoder layers on the source, decoder layers on the target, cross-attention's keys and values on the source."""
+        """Encoder layers on the source, decoder layers on the target, cross-attention's keys and values on the
+        source."""
         encoder = self.encoder.flops(source_length) + self.stack.memory_flops(source_length)
         return encoder + self.stack.flops(length, 0, source_length) + self._head_flops(length)
 

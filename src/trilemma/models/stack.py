@@ -50,6 +50,10 @@ class Block(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(SubLayer(part, config) for part in parts)
 
+    def contents(self) -> list[Mixer | FeedForward]:
+        """The parts without their residuals."""
+        return [layer.part for layer in self.parts if isinstance(layer, SubLayer)]
+
     def forward(
         self, x: Tensor, state: TupleState | None, ragged: Ragged | None, shared: Shared | None
     ) -> tuple[Tensor, TupleState | None]:
@@ -73,7 +77,7 @@ class Stack(nn.Module):
         self.shared = nn.ParameterDict()
         for mixer in self.mixers():
             for name, shape in mixer.shared_inputs().items():
-                known = self.shared[name] if name in self.shared else None
+                known = self.shared.get(name)
                 if known is not None and tuple(known.shape) != shape:
                     raise ConfigError(f'layers disagree on the shape of the shared "{name}": {shape}')
                 if known is None:
@@ -101,7 +105,7 @@ class Stack(nn.Module):
 
     def parts(self) -> list[list[Mixer | FeedForward]]:
         """The parts of each block."""
-        return [[layer.part for layer in block.parts] for block in self.blocks]  # type: ignore[union-attr, misc]
+        return [block.contents() for block in self.blocks if isinstance(block, Block)]
 
     def mixers(self) -> list[Mixer]:
         """All mixers, cross-attention included."""
@@ -210,5 +214,3 @@ def _mixer(spec: MixerSpec, config: ModelConfig, encoder: bool) -> Mixer:
     if config.prefix and not encoder and not (mixer.capabilities.prefix):
         raise CapabilityError(f'model.prefix: mixer "{name}" cannot read a prefix in both directions')
     return mixer
-
-

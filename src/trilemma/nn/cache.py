@@ -22,8 +22,8 @@ class KeyValues:
 
     Attributes:
         keys, values: [B, H, K, D].
-        positions: [B or 1, K] position of each key in its sequence, -1 where there is none; None: key j is at position j
-            in every row and all K are valid.
+        positions: [B or 1, K] position of each key in its sequence, -1 where there is none; None: key j is at position
+            j in every row and all K are valid.
     """
 
     keys: Tensor

@@ -73,8 +73,8 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | 
 def xpos_scale(positions: Tensor, dim: int, scale_base: float, sign: int, dtype: torch.dtype) -> Tensor:
     """The decay of xPos (arXiv 2212.10554): zeta_i^(sign * position / scale_base), zeta_i = (2i/dim + 0.4) / 1.4.
 
-    Queries take sign +1, keys -1, so that the product depends on the distance alone. Float32 holds it up to a position of
-    about 70 * scale_base.
+    Queries take sign +1, keys -1, so that the product depends on the distance alone. Float32 holds it up to a position
+    of about 70 * scale_base.
 
     Returns:
         [..., dim / 2].

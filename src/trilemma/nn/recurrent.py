@@ -14,6 +14,17 @@ from trilemma.ragged import Ragged
 Hidden = tuple[Tensor, ...]
 
 
+def init_kernel(kernel: nn.LSTM | nn.GRU, gates: int, forget_bias: float = 0.0) -> None:
+    """Xavier for the inputs, orthogonal for each gate's recurrence, zero biases but an LSTM's forget gate."""
+    weights = dict(kernel.named_parameters())
+    nn.init.xavier_uniform_(weights["weight_ih_l0"])
+    for gate in weights["weight_hh_l0"].chunk(gates):
+        nn.init.orthogonal_(gate)
+    nn.init.zeros_(weights["bias_hh_l0"])
+    with torch.no_grad():
+        weights["bias_ih_l0"].zero_()[kernel.hidden_size : 2 * kernel.hidden_size] = forget_bias
+
+
 def run_kernel(
     kernel: nn.LSTM | nn.GRU, x: Tensor, hidden: Hidden | None, ragged: Ragged | None
 ) -> tuple[Tensor, Hidden]:

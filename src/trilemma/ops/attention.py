@@ -74,9 +74,7 @@ def attend(
     """
     shared = keys.shape[1] != queries.shape[1]
     if mask is None and bias is None:
-        return scaled_dot_product_attention(
-            queries, keys, values, is_causal=is_causal, scale=scale, enable_gqa=shared
-        )
+        return scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, scale=scale, enable_gqa=shared)
     blind = None
     scores: Tensor | None = bias.to(queries.dtype) if bias is not None else None
     if mask is not None:

@@ -1,8 +1,8 @@
 """The decayed scan: S_t = exp(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head.
 
-The common core of RetNet (arXiv 2307.08621, constant a), gated RetNet, Mamba-2's SSD (arXiv 2405.21060) and scalar-gated
-linear attention. Three forms that give the same answer: naive (the recurrence as written), chunkwise (parallel within chunks,
-a State between them; memory grows linearly with length), and one step.
+The common core of RetNet (arXiv 2307.08621, constant a), gated RetNet, Mamba-2's SSD (arXiv 2405.21060) and
+scalar-gated linear attention. Three forms that give the same answer: naive (the recurrence as written), chunkwise
+(parallel within chunks, a State between them; memory grows linearly with length), and one step.
 
 Legend: B rows, H heads, L length, N chunks, C chunk size, E key dimension, F value dimension.
 """
@@ -57,7 +57,7 @@ def decayed_scan(
     Returns:
         o [B, H, L, F]; the last state (float32 at least), or None.
     """
-    batch, heads, length, width = k.shape
+    length = k.shape[2]
     if length == 1 and starts is None and state is not None:
         return decayed_step(q, k, v, log_decay, state)
     size = min(chunk_size, length)
@@ -135,4 +135,5 @@ def _shorter_last(
 def _resets(starts: Tensor, chunks: int, size: int, rest: int) -> Tensor:
     """[B, 1, N, C] how many packed sequences have begun since the chunk's first token, that one included."""
     padded = torch.nn.functional.pad(starts, (0, rest))
-    return padded.unflatten(1, (chunks, size)).cumsum(-1)[:, None]
+    counts: Tensor = padded.unflatten(1, (chunks, size)).cumsum(-1)
+    return counts[:, None]
