@@ -1,6 +1,14 @@
 """Data: readers, generated tasks, tokenizers, the token cache and batches by number."""
 
-from trilemma.data.batch import IGNORE, Batch, classification_batch, concatenated_batch, encoder_decoder_batch
+from trilemma.data.batch import (
+    IGNORE,
+    Batch,
+    Prompt,
+    classification_batch,
+    concatenated_batch,
+    encoder_decoder_batch,
+    make_prompt,
+)
 from trilemma.data.dataset import Dataset
 from trilemma.data.generated import generate, generated_names
 from trilemma.data.prepare import prepare
@@ -10,12 +18,14 @@ __all__ = [
     "IGNORE",
     "Batch",
     "Dataset",
+    "Prompt",
     "Tokenizer",
     "classification_batch",
     "concatenated_batch",
     "encoder_decoder_batch",
     "generate",
     "generated_names",
+    "make_prompt",
     "prepare",
     "train_tokenizer",
 ]

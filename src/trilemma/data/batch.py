@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,29 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+class Prompt(NamedTuple):
+    """What a trained model is given to produce text from: the same ids as in training, up to the first free place.
+
+    Attributes:
+        source: ids for the encoder, or None. tokens: what the decoder starts from.
+        prefix: length of the part that a prefix model reads in both directions, or None.
+    """
+
+    source: list[int] | None
+    tokens: list[int]
+    prefix: int | None
+
+
+def make_prompt(tokenizer: Tokenizer, task: str, layout: str, text: str) -> Prompt:
+    """The prompt for one line of text: src [eos] | [bos]; [bos] src [sep]; or [bos] text for language models."""
+    ids = tokenizer.encode(text)
+    if task == "seq2seq" and layout == "encoder-decoder":
+        return Prompt([*ids, tokenizer.eos], [tokenizer.bos], None)
+    if task == "seq2seq":
+        return Prompt(None, [tokenizer.bos, *ids, tokenizer.sep], len(ids) + 2)
+    return Prompt(None, [tokenizer.bos, *ids], None)
 
 
 def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from trilemma.config import Source
 from trilemma.errors import ConfigError, DataError, nearest
 
 Example = tuple[str, ...]
+Attempt = Example | DataError
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "seq2seq": ("source", "target"),
@@ -142,35 +143,79 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, decode_line(strip_end(raw), path, number)
 
 
-def _aligned(source: Path, target: Path) -> Iterator[Example]:
-    left, right = text_lines(source), text_lines(target)
-    count = 0
-    for (_, first), (_, second) in zip(left, right, strict=False):
-        count += 1
-        yield first, second
-    # zip takes one line more from the left side than from the right before it sees that the right one ended.
-    counts = [sum(1 for _ in raw_lines(path)) for path in (source, target)]
-    if counts[0] != counts[1]:
-        longer, shorter = (source, target) if counts[0] > counts[1] else (target, source)
+def _aligned(source: Path, target: Path) -> Iterator[Attempt]:
+    left, right = raw_lines(source), raw_lines(target)
+    for number, (first, second) in enumerate(itertools.zip_longest(left, right), start=1):
+        if first is None or second is None:
+            rest = number + sum(1 for _ in (right if first is None else left))
+            longer, shorter = (target, source) if first is None else (source, target)
+            yield DataError(
+                f"{longer}:{number}: this line has no partner in {shorter}: "
+                f"{longer} has {rest:,} lines, {shorter} has {number - 1:,}"
+            )
+            return
+        try:
+            yield (
+                decode_line(strip_end(first[1]), source, number),
+                decode_line(strip_end(second[1]), target, number),
+            )
+        except DataError as error:
+            yield error
+
+
+LineParser = Callable[[str, str], Example]  # (text of the line, "file:line") -> example
+
+
+def _plain_parser(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> LineParser:
+    if len(fields) > 1:
         raise DataError(
-            f"{longer}:{count + 1}: this line has no partner in {shorter}: "
-            f"{source} has {counts[0]:,} lines, {target} has {counts[1]:,}"
+            f"{path}: plain text holds one text a line, but {_expected(fields)} are needed: use .tsv or .jsonl"
+            f"{', or aligned files: source with target' if fields[0] == 'source' else ''}"
         )
+    return lambda line, where: (line,)
 
 
-def _tsv(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> Iterator[Example]:
+def _tsv_parser(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> LineParser:
     columns = options.get("columns", list(range(1, len(fields) + 1)))
-    if len(columns) != len(fields) or not all(isinstance(column, int) and column >= 1 for column in columns):
+    valid = isinstance(columns, list) and all(isinstance(column, int) and column >= 1 for column in columns)
+    if not valid or len(columns) != len(fields):
         raise ConfigError(f"{path}: columns: {len(fields)} column numbers from 1 are needed ({', '.join(fields)})")
-    lines = text_lines(path)
-    for number, line in itertools.islice(lines, 1 if options.get("header", False) else 0, None):
+
+    def parse(line: str, where: str) -> Example:
         cells = line.split("\t")
         if len(cells) < max(columns):
             raise DataError(
-                f"{path}:{number}: {len(cells)} tab-separated column(s), but {max(columns)} are needed "
-                f"({', '.join(fields)})"
+                f"{where}: {len(cells)} tab-separated column(s), but {max(columns)} are needed ({', '.join(fields)})"
             )
-        yield tuple(cells[column - 1] for column in columns)
+        return tuple(cells[column - 1] for column in columns)
+
+    return parse
+
+
+def _jsonl_parser(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> LineParser:
+    keys = _keys(fields, options)
+
+    def parse(line: str, where: str) -> Example:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not a JSON object: {error}") from None
+        return _record(values, fields, keys, where)
+
+    return parse
+
+
+_PARSERS = {".txt": _plain_parser, ".tsv": _tsv_parser, ".jsonl": _jsonl_parser}
+
+
+def _parsed(path: Path, parse: LineParser, header: bool) -> Iterator[Attempt]:
+    for number, raw in raw_lines(path):
+        if header and number == 1:
+            continue
+        try:
+            yield parse(decode_line(strip_end(raw), path, number), f"{path}:{number}")
+        except DataError as error:
+            yield error
 
 
 def _record(values: Any, fields: tuple[str, ...], keys: list[str] | None, where: str) -> Example:
@@ -203,23 +248,12 @@ def _keys(fields: tuple[str, ...], options: dict[str, Any]) -> list[str] | None:
     return cast("list[str] | None", keys)
 
 
-def _jsonl(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> Iterator[Example]:
-    keys = _keys(fields, options)
-    for number, line in text_lines(path):
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not a JSON object: {error}") from None
-        yield _record(values, fields, keys, f"{path}:{number}")
-
-
-def _parquet(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> Iterator[Example]:
+def _parquet(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> Iterator[Attempt]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow") from None
-    check_file(path)
     keys = _keys(fields, options)
     number = 0
     try:
@@ -227,24 +261,40 @@ def _parquet(path: Path, fields: tuple[str, ...], options: dict[str, Any]) -> It
             for rows in table.iter_batches(batch_size=4096):
                 for values in rows.to_pylist():
                     number += 1
-                    yield _record(values, fields, keys, f"{path}: row {number}")
+                    try:
+                        yield _record(values, fields, keys, f"{path}: row {number}")
+                    except DataError as error:
+                        yield error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
     if number == 0:
         raise DataError(f"{path}: the file is empty")
 
 
-_RECORDS: dict[str, Callable[[Path, tuple[str, ...], dict[str, Any]], Iterator[Example]]] = {
-    ".tsv": _tsv,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-}
-
-
 def _check_options(source: Source) -> None:
     for name in source.options:
         if name not in OPTIONS:
             raise ConfigError(f'{source_files(source)[0]}: unknown option "{name}"{nearest(name, OPTIONS)}')
+
+
+def read_attempts(source: Source, task: str) -> Iterator[Attempt]:
+    """Streams what each line gives: an example, or the `DataError` that says why it gives none. See `read_records`."""
+    _check_options(source)
+    fields = FIELDS[task]
+    for path in source_files(source):
+        check_file(path)
+    if source.source is not None and source.target is not None:
+        if len(fields) != 2:
+            raise ConfigError(f"source and target files give pairs, but {task} needs {_expected(fields)}: use path")
+        yield from _aligned(Path(source.source), Path(source.target))
+        return
+    path = source_files(source)[0]
+    kind = file_format(path)
+    if kind == ".parquet":
+        yield from _parquet(path, fields, source.options)
+    else:
+        parse = _PARSERS[kind](path, fields, source.options)
+        yield from _parsed(path, parse, bool(source.options.get("header", False)))
 
 
 def read_records(source: Source, task: str) -> Iterator[Example]:
@@ -256,29 +306,12 @@ def read_records(source: Source, task: str) -> Iterator[Example]:
         task: a key of `FIELDS`.
 
     Raises:
-        DataError: missing or empty file, unequal sides, invalid UTF-8, malformed record; the text names file and line.
+        DataError: missing or empty file, unequal sides, invalid UTF-8, malformed record; it names file and line.
     """
-    _check_options(source)
-    fields = FIELDS[task]
-    if source.source is not None and source.target is not None:
-        if len(fields) != 2:
-            raise ConfigError(f"source and target files give pairs, but {task} needs {_expected(fields)}: use path")
-        for path in source_files(source):
-            check_file(path)
-        yield from _aligned(Path(source.source), Path(source.target))
-        return
-    path = source_files(source)[0]
-    kind = file_format(path)
-    if kind != ".txt":
-        yield from _RECORDS[kind](path, fields, source.options)
-    elif len(fields) == 1:
-        for _, line in text_lines(path):
-            yield (line,)
-    else:
-        raise DataError(
-            f"{path}: plain text holds one text a line, but {task} needs {_expected(fields)}: "
-            f"use .tsv or .jsonl{', or source with target' if task == 'seq2seq' else ''}"
-        )
+    for attempt in read_attempts(source, task):
+        if isinstance(attempt, DataError):
+            raise attempt
+        yield attempt
 
 
 def read_documents(source: Source, task: str, documents: str) -> Iterator[tuple[str, bool]]:
