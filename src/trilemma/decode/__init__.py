@@ -3,6 +3,7 @@
 from trilemma.decode.batching import DecodingBatch, collate, plan_batches
 from trilemma.decode.beam import decode_beam
 from trilemma.decode.hypothesis import Hypothesis, Request, StepModel, length_penalty
+from trilemma.decode.prompts import Prompts, TooLong
 from trilemma.decode.search import BatchingReport, Disagreement, check_decoding, compare_with_single, decode
 from trilemma.decode.single import decode_single
 
@@ -11,8 +12,10 @@ __all__ = [
     "DecodingBatch",
     "Disagreement",
     "Hypothesis",
+    "Prompts",
     "Request",
     "StepModel",
+    "TooLong",
     "check_decoding",
     "collate",
     "compare_with_single",

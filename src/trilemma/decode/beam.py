@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trilemma.config import DecodingConfig
 from trilemma.decode.batching import DecodingBatch
-from trilemma.decode.hypothesis import NOT_A_NUMBER, Hypothesis, StepModel, length_penalty
+from trilemma.decode.hypothesis import NOT_A_NUMBER, Hypothesis, StateType, StepModel, length_penalty
 from trilemma.errors import ConfigError, TrilemmaError
 
 
@@ -59,7 +59,7 @@ class _Candidates:
 
 @torch.no_grad()
 def decode_beam(
-    model: StepModel, batch: DecodingBatch, config: DecodingConfig, eos: int, pad: int, margins: bool = False
+    model: StepModel[StateType], batch: DecodingBatch, config: DecodingConfig, eos: int, pad: int, margins: bool = False
 ) -> list[list[Hypothesis]]:
     """The `config.n_best` best outputs of each input, best first.
 

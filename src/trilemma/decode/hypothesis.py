@@ -6,12 +6,13 @@ References: Wu et al. 2016, "Google's Neural Machine Translation System" (arXiv 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from trilemma.state import State
+from trilemma.state import State
+
+StateType = TypeVar("StateType", bound=State)
 
 NOT_A_NUMBER = (
     "the model's output is not a number (NaN or infinite): its weights are damaged or the precision is too low; "
@@ -75,7 +76,7 @@ class Hypothesis:
         return len(self.tokens) + int(self.finished)
 
 
-class StepModel(Protocol):
+class StepModel(Protocol[StateType]):
     """All that decoding knows of a model."""
 
     def prefill(
@@ -88,10 +89,10 @@ class StepModel(Protocol):
         prefix: Tensor | None = None,
         capacity: int | None = None,
         rewind: int = 0,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, StateType]:
         """Logits [batch, vocab] after the last valid token, and the state."""
 
-    def step(self, tokens: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: StateType, lengths: Tensor | None = None) -> tuple[Tensor, StateType]:
         """tokens [rows, length] -> logits [rows, length, vocab], and the state."""
 
 

@@ -14,7 +14,7 @@ import torch
 from trilemma.config import DecodingConfig
 from trilemma.decode.batching import collate, plan_batches
 from trilemma.decode.beam import decode_beam
-from trilemma.decode.hypothesis import Hypothesis, Request, StepModel
+from trilemma.decode.hypothesis import Hypothesis, Request, StateType, StepModel
 from trilemma.decode.single import decode_single
 from trilemma.errors import ConfigError
 
@@ -23,7 +23,7 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch
 
 
 def decode(
-    model: StepModel,
+    model: StepModel[StateType],
     requests: Sequence[Request],
     config: DecodingConfig,
     *,
@@ -123,7 +123,7 @@ class BatchingReport:
 
 
 def compare_with_single(
-    model: StepModel,
+    model: StepModel[StateType],
     requests: Sequence[Request],
     config: DecodingConfig,
     *,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trilemma.config import DecodingConfig
 from trilemma.decode.batching import DecodingBatch
-from trilemma.decode.hypothesis import NOT_A_NUMBER, Hypothesis, StepModel, length_penalty
+from trilemma.decode.hypothesis import NOT_A_NUMBER, Hypothesis, StateType, StepModel, length_penalty
 from trilemma.decode.sampling import draw, uniform
 from trilemma.errors import TrilemmaError
 
@@ -17,7 +17,7 @@ _DROP_FRACTION = 0.25
 
 @torch.no_grad()
 def decode_single(
-    model: StepModel, batch: DecodingBatch, config: DecodingConfig, eos: int, pad: int, margins: bool = False
+    model: StepModel[StateType], batch: DecodingBatch, config: DecodingConfig, eos: int, pad: int, margins: bool = False
 ) -> list[list[Hypothesis]]:
     """Greedy decoding, or `config.n_best` independent samples of each input.
 

@@ -1,0 +1,312 @@
+"""A model's scores on a split or on lines of text: outputs, forced decoding and labels, brought to signed metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from trilemma.config import DecodingConfig, RunConfig
+from trilemma.data import IGNORE, Dataset, Tokenizer
+from trilemma.decode import Prompts, Request, TooLong, decode
+from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
+from trilemma.measure import quality
+from trilemma.measure.classes import class_log_probabilities
+from trilemma.measure.forced import forced_nats
+from trilemma.measure.quality import Array, Score
+from trilemma.models import SequenceModel
+
+OUTPUT_METRICS = ("bleu", "chrf", "exact_match")
+LIKELIHOOD_METRICS = ("loss", "perplexity", "bits_per_byte")
+METRICS: dict[str, tuple[str, ...]] = {
+    "seq2seq": (*OUTPUT_METRICS, *LIKELIHOOD_METRICS),
+    "language-model": LIKELIHOOD_METRICS,
+    "classification": ("accuracy", "loss"),
+    "masked-language-model": ("loss", "perplexity"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one split.
+
+    Attributes:
+        split: its name, or that of the file.
+        scores: in the order of `METRICS`.
+        sources, references: the raw text; references are empty for language models.
+        hypotheses: outputs, or predicted labels; empty where no metric needs them.
+        notes: what a reader of the scores must know: a replaced tokenizer, cut outputs.
+    """
+
+    split: str
+    scores: list[Score]
+    sources: list[str] = field(repr=False)
+    references: list[str] = field(repr=False)
+    hypotheses: list[str] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    def __getitem__(self, metric: str) -> Score:
+        for score in self.scores:
+            if score.metric == metric:
+                return score
+        raise ConfigError(f'"{metric}" was not measured{nearest(metric, [score.metric for score in self.scores])}')
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The entries of scores.json."""
+        return [{"split": self.split, **score.to_json()} for score in self.scores]
+
+
+def check_metrics(task: str, metrics: Sequence[str] | None) -> tuple[str, ...]:
+    """The metrics to measure, in a fixed order; None: all that the task has.
+
+    Raises:
+        ConfigError: a metric that the task has not; names the nearest.
+    """
+    known = METRICS[task]
+    for metric in metrics or ():
+        if metric not in known:
+            raise ConfigError(f'task {task} has no metric "{metric}"{nearest(metric, known)}')
+    return tuple(metric for metric in known if metrics is None or metric in metrics)
+
+
+def score_model(
+    model: SequenceModel,
+    dataset: Dataset,
+    split: Literal["valid", "test"] = "test",
+    *,
+    decoding: DecodingConfig | None = None,
+    metrics: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Scores a split of a run's own data.
+
+    Scores do not depend on the batch size: outputs as `decode` promises, likelihoods up to the model's rounding.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        decoding: how outputs are made; None: the run's, with one output an input.
+        metrics: of `METRICS[task]`; None: all.
+
+    Raises:
+        DataError: the split does not exist.
+        LengthError: a text is longer than the model's positions.
+    """
+    config = dataset.resolved(dataset.config)
+    if config.data.task == "masked-language-model":
+        return _score_masked(model, dataset, split, metrics, device)
+    sources, targets = dataset.eval_texts(split)
+    line_ends = 0
+    if config.data.task == "language-model":
+        line_ends = dataset.bytes_of(split) - sum(len(text.encode()) for text in sources)
+    return score_texts(
+        model,
+        dataset.tokenizer,
+        config,
+        sources,
+        targets,
+        split=split,
+        decoding=decoding,
+        metrics=metrics,
+        line_ends=line_ends,
+        device=device,
+    )
+
+
+def score_texts(
+    model: SequenceModel,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    *,
+    split: str = "test",
+    decoding: DecodingConfig | None = None,
+    metrics: Sequence[str] | None = None,
+    line_ends: int = 0,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Scores lines of text.
+
+    Args:
+        sources, targets: line by line; for language models documents and nothing; for classification texts and labels.
+        line_ends: bytes of line ends that end-of-sequence stands for, in all (language models).
+
+    Other arguments and errors are those of `score_model`.
+    """
+    task = config.data.task
+    wanted = check_metrics(task, metrics)
+    if not sources:
+        raise DataError(f"{split}: nothing to score: no lines")
+    if task == "classification":
+        return _score_classes(model, tokenizer, config, sources, targets, split, wanted, device)
+    if task == "masked-language-model":
+        raise CapabilityError("a masked language model is scored on its own splits: no files can be given")
+    if config.data.lowercase:
+        sources, targets = [text.lower() for text in sources], [text.lower() for text in targets]
+    prompts = Prompts(tokenizer, config)
+    if task == "language-model":
+        scores = _score_documents(model, prompts, sources, line_ends, split, wanted, device)
+        return Evaluation(split, scores, list(sources), [], [])
+    scores: list[Score] = []
+    hypotheses: list[str] = []
+    notes: list[str] = []
+    if any(metric in OUTPUT_METRICS for metric in wanted):
+        hypotheses, notes = _outputs(model, prompts, sources, decoding or config.decoding, split, device)
+        scores += _output_scores(hypotheses, targets, config.data.target_language, wanted, notes)
+    if any(metric in LIKELIHOOD_METRICS for metric in wanted):
+        source_ids, target_ids = tokenizer.encode_batch(sources), tokenizer.encode_batch(targets)
+        contexts = [prompts.context(ids) for ids in source_ids]
+        _check_positions(config, contexts, target_ids, split)
+        ended = [[*ids, tokenizer.eos] for ids in target_ids]
+        nats = forced_nats(model, contexts, ended, pad=tokenizer.pad, device=device)
+        sizes = np.array([len(text.encode()) for text in targets])
+        scores += _likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted)
+    return Evaluation(split, scores, list(sources), list(targets), hypotheses, notes)
+
+
+def _outputs(
+    model: SequenceModel,
+    prompts: Prompts,
+    sources: Sequence[str],
+    decoding: DecodingConfig,
+    split: str,
+    device: torch.device | str,
+) -> tuple[list[str], list[str]]:
+    """The best output of each source, empty for empty ones, and notes."""
+    decoding = decoding.model_copy(update={"n_best": 1})
+    requests = []
+    for request in prompts.requests(sources, decoding, beyond_training=True):
+        if isinstance(request, TooLong):
+            raise LengthError(f"{split}: line {request.index + 1}: {request}")
+        if sources[request.index].strip():
+            requests.append(request)
+    tokenizer = prompts.tokenizer
+    results = decode(model, requests, decoding, eos=tokenizer.eos, pad=tokenizer.pad, device=device)
+    outputs = [""] * len(sources)
+    cut = 0
+    for request, hypotheses in zip(requests, results, strict=True):
+        outputs[request.index] = prompts.text(hypotheses[0])
+        cut += not hypotheses[0].finished
+    notes = [f"{cut} of {len(sources)} outputs were cut at the length limit"] if cut else []
+    return outputs, notes
+
+
+def _output_scores(
+    hypotheses: list[str], references: Sequence[str], language: str | None, wanted: Sequence[str], notes: list[str]
+) -> list[Score]:
+    scores = []
+    if "bleu" in wanted:
+        scores.append(quality.bleu(hypotheses, references, language))
+        if reason := quality.bleu_tokenizer(language).reason:
+            notes.append(f"BLEU is counted over {reason}")
+    if "chrf" in wanted:
+        scores.append(quality.chrf(hypotheses, references))
+    if "exact_match" in wanted:
+        scores.append(quality.exact_match(hypotheses, references))
+    return scores
+
+
+def _likelihood_scores(nats: Array, tokens: Array, sizes: Array, wanted: Sequence[str]) -> list[Score]:
+    makers: dict[str, Callable[[], Score]] = {
+        "loss": lambda: quality.loss(nats, tokens),
+        "perplexity": lambda: quality.perplexity(nats, tokens),
+        "bits_per_byte": lambda: quality.bits_per_byte(nats, sizes),
+    }
+    return [make() for metric, make in makers.items() if metric in wanted]
+
+
+def _score_documents(
+    model: SequenceModel,
+    prompts: Prompts,
+    documents: Sequence[str],
+    line_ends: int,
+    split: str,
+    wanted: Sequence[str],
+    device: torch.device | str,
+) -> list[Score]:
+    """Each document alone, `[bos] text [eos]`, in pieces of `data.context_length`; a piece is a segment.
+
+    A piece's share of its document's bytes is its share of the tokens, so that the totals are exact.
+    """
+    length, tokenizer = prompts.config.data.context_length, prompts.tokenizer
+    contexts: list[Request] = []
+    targets: list[list[int]] = []
+    shares: list[float] = []
+    for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
+        unit = [tokenizer.bos, *ids, tokenizer.eos]
+        size = len(text.encode()) + line_ends / len(documents)
+        for start in range(0, len(unit) - 1, length):
+            targets.append(unit[start + 1 : start + 1 + length])
+            contexts.append(Request([unit[start]], 1))
+            shares.append(size * len(targets[-1]) / (len(unit) - 1))
+    _check_positions(prompts.config, contexts, [target[:-1] for target in targets], split)
+    nats = forced_nats(model, contexts, targets, pad=tokenizer.pad, device=device)
+    return _likelihood_scores(nats, np.array([len(target) for target in targets]), np.array(shares), wanted)
+
+
+def _score_classes(
+    model: SequenceModel,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    split: str,
+    wanted: Sequence[str],
+    device: torch.device | str,
+) -> Evaluation:
+    names = config.data.labels
+    assert names is not None, "a resolved configuration names its classes"
+    if config.data.lowercase:
+        texts = [text.lower() for text in texts]
+    for number, label in enumerate(labels, start=1):
+        if label not in names:
+            raise DataError(f'{split}: line {number}: unknown label "{label}"{nearest(label, names)}')
+    rows = tokenizer.encode_batch(texts)
+    _check_positions(config, [Request([0, 0], 1)] * len(rows), rows, split)
+    log_probabilities = class_log_probabilities(model, tokenizer, rows, device=device)
+    predicted = [names[index] for index in log_probabilities.argmax(1)]
+    scores = [quality.accuracy(predicted, labels)] if "accuracy" in wanted else []
+    if "loss" in wanted:
+        nats = -log_probabilities[np.arange(len(labels)), [names.index(label) for label in labels]]
+        scores.append(replace(quality.loss(nats, np.ones(len(labels))), signature="unit:nats-per-example"))
+    return Evaluation(split, scores, list(texts), list(labels), predicted)
+
+
+@torch.no_grad()
+def _score_masked(
+    model: SequenceModel,
+    dataset: Dataset,
+    split: Literal["valid", "test"],
+    metrics: Sequence[str] | None,
+    device: torch.device | str,
+) -> Evaluation:
+    """Masked tokens, chosen the same way every time; a batch row is a segment."""
+    wanted = check_metrics("masked-language-model", metrics)
+    nats, tokens = [], []
+    for batch in dataset.eval_batches(split):
+        moved = batch.to(device)
+        logits = model.head(model(moved.inputs, moved.lengths, segments=moved.segments))
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide.transpose(1, 2), moved.labels, ignore_index=IGNORE, reduction="none")
+        nats.append(loss.double().sum(1).cpu().numpy())
+        tokens.append((batch.labels != IGNORE).sum(1).numpy())
+    signature = f"unit:masked-token|fraction:{dataset.config.training.mask_fraction:g}"
+    scores = _likelihood_scores(np.concatenate(nats), np.concatenate(tokens), np.ones(1), wanted)
+    return Evaluation(split, [replace(score, signature=signature) for score in scores], [], [], [])
+
+
+def _check_positions(
+    config: RunConfig, contexts: Sequence[Request], targets: Sequence[Sequence[int]], split: str
+) -> None:
+    """Every text must fit the model's positions."""
+    positions = config.model.max_length
+    if positions is None:
+        return
+    for number, (context, target) in enumerate(zip(contexts, targets, strict=True), start=1):
+        longest = max(len(context.prompt) + len(target), len(context.source or ()))
+        if longest > positions:
+            raise LengthError(f"{split}: line {number}: {longest} tokens, more than model.max_length = {positions}")

@@ -1,0 +1,77 @@
+"""Forced decoding: what probability a model gives to a text that is there already.
+
+Sums are kept in float64 and per text: neither the batch nor the order moves a score beyond the model's own rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trilemma.decode import Request, collate, plan_batches
+from trilemma.models import SequenceModel
+
+# Logits of one piece of the head's work: small pieces stay in the processor's caches.
+_LOGITS_PER_CHUNK = 1 << 22
+
+
+@torch.no_grad()
+def forced_nats(
+    model: SequenceModel,
+    contexts: Sequence[Request],
+    targets: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    device: torch.device | str | None = None,
+    batch_tokens: int = 8192,
+) -> NDArray[np.float64]:
+    """Negative log-likelihood of each target after its context, in nats.
+
+    Args:
+        contexts: what is given and not scored (`Prompts.context`): prompt, source and prefix are read.
+        targets: the scored tokens, end-of-sequence included where it counts; at least one each.
+        pad: token id. device: where inputs are put. batch_tokens: padded tokens of one batch.
+
+    Returns:
+        [texts].
+    """
+    rows = [
+        Request([*context.prompt, *target[:-1]], 1, context.source, context.prefix, index)
+        for index, (context, target) in enumerate(zip(contexts, targets, strict=True))
+    ]
+    totals = np.zeros(len(rows))
+    for positions in plan_batches(rows, batch_tokens):
+        batch = collate([rows[i] for i in positions], pad, device)
+        hidden = model(
+            batch.inputs,
+            batch.lengths,
+            source=batch.source,
+            source_lengths=batch.source_lengths,
+            prefix=batch.prefix,
+        )
+        length = batch.inputs.shape[1]
+        starts = [row * length + len(contexts[i].prompt) - 1 for row, i in enumerate(positions)]
+        where = np.concatenate([start + np.arange(len(targets[i])) for start, i in zip(starts, positions, strict=True)])
+        owners = np.repeat(np.arange(len(positions)), [len(targets[i]) for i in positions])
+        labels = np.concatenate([np.asarray(targets[i], dtype=np.int64) for i in positions])
+        nats = _nats(model, hidden, torch.from_numpy(where), torch.from_numpy(labels))
+        totals[positions] = np.bincount(owners, weights=nats.numpy(), minlength=len(positions))
+    return totals
+
+
+def _nats(model: SequenceModel, hidden: Tensor, where: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of `labels` at the places `where` of the flattened batch; float64, on the CPU."""
+    vectors = hidden.flatten(0, 1).index_select(0, where.to(hidden.device))
+    assert model.config.vocab_size is not None
+    size = max(1, _LOGITS_PER_CHUNK // model.config.vocab_size)
+    parts = []
+    for start in range(0, len(labels), size):
+        logits = model.head(vectors[start : start + size])
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        parts.append(F.cross_entropy(wide, labels[start : start + size].to(wide.device), reduction="none"))
+    return torch.cat(parts).double().cpu()
