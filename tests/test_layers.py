@@ -93,6 +93,14 @@ def test_files_stay_small(file: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 450
 
 
+@pytest.mark.parametrize("file", sorted((SOURCE / "mixers").glob("[a-z]*.py")), ids=lambda file: file.stem)
+def test_mixers_never_import_each_other(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    others = {name for name in found if name.startswith("trilemma.mixers")} - {"trilemma.mixers.base"}
+    assert not others, f"{file}: one file a mixer; imports {sorted(others)}"
+
+
 def test_each_check_can_fail() -> None:
     tree = ast.parse(
         "import pickle\ndef f():\n    from trilemma.ops import x\n    return eval('1') + torch.load('a')\n"

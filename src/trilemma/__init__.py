@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from trilemma import laws as laws
     from trilemma.decode import load as load
-    from trilemma.mixers import build_mixer as build_mixer
+    from trilemma.mixers.base import build_mixer as build_mixer
     from trilemma.models import build_model as build_model
     from trilemma.registry import available_mixers as available_mixers
     from trilemma.train import train as train
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # name -> (module, attribute); None: the module itself. `trilemma.train` is a package that can be called.
 _LAZY: dict[str, tuple[str, str | None]] = {
     "available_mixers": ("trilemma.registry", "available_mixers"),
-    "build_mixer": ("trilemma.mixers", "build_mixer"),
+    "build_mixer": ("trilemma.mixers.base", "build_mixer"),
     "build_model": ("trilemma.models", "build_model"),
     "laws": ("trilemma.laws", None),
     "load": ("trilemma.decode", "load"),

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.machine import Ceilings, ceilings, synchronize
 from trilemma.measure.memory import PeakMemory
-from trilemma.models import SequenceModel
-from trilemma.state import State
+from trilemma.models import ModelState, SequenceModel
 
 # Random tokens are drawn above the special ids (pad 0 ... mask 5), so that nothing ends early or is masked.
 _FIRST_ORDINARY = 6
@@ -194,7 +193,7 @@ def parameter_bytes_read(model: nn.Module, run: Callable[[], object]) -> int:
 
 class _ParameterReads(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self._sizes = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.parameters()}
         self.found: dict[int, int] = {}
 
@@ -274,7 +273,7 @@ class _Bench:
         steps = _random_tokens(self.model, batch, self.new_tokens + 1, self.seed + 2)
         capacity = context - source + self.new_tokens + 1
 
-        def prefill() -> tuple[Tensor, State]:
+        def prefill() -> tuple[Tensor, ModelState]:
             return self.model.prefill(prompt, source=memory_tokens, capacity=capacity)
 
         def first_token() -> Tensor:
@@ -305,7 +304,7 @@ class _Bench:
         flops = batch * self.model.step_flops(context - source, source)
         return self._with_fractions(row, weight_bytes + held, flops, step_seconds)
 
-    def _step_times(self, tokens: Tensor, state: State) -> list[float]:
+    def _step_times(self, tokens: Tensor, state: ModelState) -> list[float]:
         """Medians over the steps of each repeat. Each repeat starts from a copy of the same State."""
         medians = []
         start = time.perf_counter()
