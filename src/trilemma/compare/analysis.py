@@ -1,0 +1,296 @@
+"""From a study's files to everything that its report says: one plain `Report`.
+
+Nothing here trains, measures or draws; `analyse` is a pure function of a `StudyRecord`. Tables, plots, HTML and JSON
+are made from the `Report` alone, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from trilemma.compare import words
+from trilemma.compare.curves import curve_of, stability, validations
+from trilemma.compare.inference import InferenceCurve, crossovers, inference_of
+from trilemma.compare.metrics import Metric, metric_named
+from trilemma.compare.records import Documents, Inequality, RunRecord, StudyRecord
+from trilemma.compare.results import CandidateResult, Control, Corner, Quality, Report, SideBySide, SweepPoint, Training
+from trilemma.compare.statistics import Sample, compare_all, compare_pair, interval, resample
+from trilemma.config import MixerSpec, ModelConfig
+from trilemma.errors import CheckpointError
+
+
+def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
+    """Computes the report.
+
+    Raises:
+        CheckpointError: no candidate has been trained and scored, or runs were scored differently.
+    """
+    study = record.study
+    price = price_per_hour if price_per_hour is not None else study.price_per_hour
+    groups = _final_groups(record)
+    names = [candidate.name for candidate in study.candidates if candidate.name in groups]
+    if not names:
+        raise CheckpointError("no candidate of this study has been trained and scored yet: there is nothing to report")
+    wanted = study.reference or study.candidates[0].name
+    reference = wanted if wanted in names else names[0]
+    metric = _metric(groups)
+    samples = _resampled(groups, metric)
+    lock = study.budget.lock
+    rows = {name: _row(name, runs, samples[name], metric, lock, price) for name, runs in groups.items()}
+    context = _largest_shared_context(list(rows.values()))
+    rows = {name: _with_corners(row, rows[reference], metric, context) for name, row in rows.items()}
+    candidates = [rows[name] for name in names]
+    controls = [row for row in rows.values() if row.role != "candidate"]
+    pairs = compare_all(samples, names)
+    outcomes = [_outcome(row, reference, samples, metric) for row in controls]
+    withheld = words.withheld(outcomes)
+    scale = words.scale(candidates, lock, study.budget.amount)
+    first = _documents(groups[names[0]][0])
+    return Report(
+        name=study.name,
+        task=words.task(study),
+        reference=reference,
+        metric=metric,
+        split=first.split,
+        documents=len(first.statistics),
+        budget=study.budget.model_dump(),
+        candidates=candidates,
+        controls=controls,
+        outcomes=outcomes,
+        pairs=pairs,
+        verdicts=[] if withheld else [words.verdict(test, rows, metric, len(pairs), scale) for test in pairs],
+        withheld=withheld,
+        stability=stability([row.curve for row in candidates]),
+        crossovers=crossovers([row.inference for row in candidates if row.inference], reference),
+        sweep=_sweep(record, candidates),
+        sweep_notes=record.plan.sweep_notes,
+        samples=_side_by_side(names, groups),
+        inequalities=[*record.plan.inequalities, *_found_inequalities(record, groups)],
+        limits=words.limits(study, candidates, record.missing),
+        missing=record.missing,
+        data_hash=" / ".join(_distinct(record.runs, "data_hash")),
+        order_hashes=_order_hashes(groups),
+        environment=_environment(record.runs),
+        command=record.plan.command,
+        price_per_hour=price,
+    )
+
+
+def _final_groups(record: StudyRecord) -> dict[str, list[RunRecord]]:
+    """Full-budget, scored runs by candidate, in the plan's order."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in record.runs:
+        if run.planned.stage == "final" and run.documents is not None:
+            groups.setdefault(run.planned.candidate, []).append(run)
+    return groups
+
+
+def _documents(run: RunRecord) -> Documents:
+    assert run.documents is not None, "only scored runs are grouped"
+    return run.documents
+
+
+def _metric(groups: Mapping[str, Sequence[RunRecord]]) -> Metric:
+    found = {(_documents(run).metric, len(_documents(run).statistics)) for runs in groups.values() for run in runs}
+    if len(found) > 1:
+        shown = "; ".join(f"{name} on {size} documents" for name, size in sorted(found))
+        raise CheckpointError(f"the runs of this study were scored differently and cannot be compared: {shown}")
+    return metric_named(found.pop()[0])
+
+
+def _resampled(groups: Mapping[str, Sequence[RunRecord]], metric: Metric) -> dict[str, Sample]:
+    return resample({name: [_documents(run).statistics for run in runs] for name, runs in groups.items()}, metric)
+
+
+def _row(
+    name: str, runs: list[RunRecord], sample: Sample, metric: Metric, lock: str, price: float | None
+) -> CandidateResult:
+    model = runs[0].config.model
+    training = _training(runs)
+    inference = inference_of(name, runs)
+    seeds = [run.planned.seed for run in runs]
+    values = [(seed, float(value)) for seed, value in zip(seeds, sample.values, strict=True)]
+    return CandidateResult(
+        name=name,
+        role=runs[0].planned.role,
+        mixer=mixer_label(model),
+        layout=model.layout,
+        parameters={key: int(count) for key, count in runs[0].summary["parameters"].items()},
+        quality=Quality(_documents(runs[0]).signature, interval(sample, metric), values),
+        training=training,
+        inference=inference,
+        curve=curve_of(name, runs, lock),
+        corners={},
+        price=_price(training, inference, price),
+    )
+
+
+def mixer_label(model: ModelConfig) -> str:
+    """The mixers: "retention", "attention + gru" for a pattern, "encoder's / decoder's" where they differ."""
+    own = _mixer_names(model.mixer)
+    if model.layout != "encoder-decoder" or model.encoder_mixer is None:
+        return own
+    encoder = _mixer_names(model.encoder_mixer)
+    return own if encoder == own else f"{encoder} / {own}"
+
+
+def _mixer_names(spec: MixerSpec | list[MixerSpec]) -> str:
+    layers = spec if isinstance(spec, list) else [spec]
+    return " + ".join(dict.fromkeys(layer if isinstance(layer, str) else _one_name(layer) for layer in layers))
+
+
+def _one_name(options: Mapping[str, object]) -> str:
+    """A wrapper's label names what it wraps: bidirectional(retention)."""
+    inner = options.get("mixer")
+    if inner is None:
+        return str(options.get("name", "?"))
+    wrapped = inner if isinstance(inner, str) else _one_name(inner) if isinstance(inner, dict) else "?"
+    return f"{options.get('name', '?')}({wrapped})"
+
+
+def _training(runs: Sequence[RunRecord]) -> Training:
+    def median(key: str) -> float:
+        return float(np.median([float(run.summary.get(key) or 0.0) for run in runs]))
+
+    rates = [float(run.summary["tokens"]) / float(run.summary["seconds"]) for run in runs if run.summary["seconds"]]
+    return Training(
+        learning_rate=runs[0].planned.learning_rate,
+        steps=median("steps"),
+        tokens=median("tokens"),
+        tokens_per_second=float(np.median(rates)) if rates else math.nan,
+        seconds=median("seconds"),
+        flops=median("flops"),
+        peak_memory_bytes=median("peak_memory_bytes"),
+    )
+
+
+def _price(training: Training, inference: InferenceCurve | None, per_hour: float | None) -> dict[str, float]:
+    if per_hour is None:
+        return {}
+    price = {"train": training.seconds / 3600.0 * per_hour}
+    if inference and inference.ms_per_token:
+        hours = inference.ms_per_token[max(inference.ms_per_token)] * 1e6 / 1000.0 / 3600.0
+        price["per_million_tokens"] = hours * per_hour
+    return price
+
+
+def _largest_shared_context(rows: Sequence[CandidateResult]) -> int | None:
+    measured = [set(row.inference.ms_per_token) for row in rows if row.inference]
+    shared = set.intersection(*measured) if measured else set()
+    return max(shared) if shared else None
+
+
+def _with_corners(
+    row: CandidateResult, reference: CandidateResult, metric: Metric, context: int | None
+) -> CandidateResult:
+    own, base = row.quality.interval.mean, reference.quality.interval.mean
+    sign = 1.0 if metric.higher_is_better else -1.0
+    corners = {
+        "quality": Corner(own, sign * log2_ratio(own, base)),
+        "training": Corner(
+            row.training.seconds_per_million,
+            -log2_ratio(row.training.seconds_per_million, reference.training.seconds_per_million),
+        ),
+    }
+    if context is not None and row.inference and reference.inference:
+        cost = row.inference.ms_per_token[context]
+        corners["inference"] = Corner(cost, -log2_ratio(cost, reference.inference.ms_per_token[context]))
+    return dataclasses.replace(row, corners=corners)
+
+
+def log2_ratio(own: float, base: float) -> float:
+    """log2(own / base); not a number where either is not positive."""
+    return math.log2(own / base) if own > 0 and base > 0 else math.nan
+
+
+def _outcome(row: CandidateResult, reference: str, samples: Mapping[str, Sample], metric: Metric) -> Control:
+    test = compare_pair(samples, reference, row.name)
+    passed, text = words.control(row.name, row.role, test, metric)
+    return Control(row.name, passed, text, test)
+
+
+def _sweep(record: StudyRecord, candidates: Sequence[CandidateResult]) -> list[SweepPoint]:
+    if not record.study.learning_rates:
+        return []
+    chosen = {row.name: row.training.learning_rate for row in candidates}
+    share_is_whole = record.study.sweep_share == 1.0
+    sweep_seed = record.study.seeds[0]
+    points = {}
+    for run in record.runs:
+        planned = run.planned
+        # At the full budget, a sweep's best run is also that candidate's first final run.
+        is_sweep = planned.stage == "sweep" or (share_is_whole and planned.seed == sweep_seed)
+        losses = [float(line["valid_loss"]) for line in validations(run)]
+        if is_sweep and planned.role == "candidate" and losses:
+            picked = chosen.get(planned.candidate) == planned.learning_rate
+            key = (planned.candidate, planned.learning_rate)
+            points[key] = SweepPoint(planned.candidate, planned.learning_rate, min(losses), picked)
+    order = {candidate.name: at for at, candidate in enumerate(record.study.candidates)}
+    return sorted(points.values(), key=lambda point: (order[point.candidate], point.learning_rate))
+
+
+def _side_by_side(names: Sequence[str], groups: Mapping[str, Sequence[RunRecord]]) -> list[SideBySide]:
+    outputs: dict[int, dict[str, str]] = {}
+    texts: dict[int, tuple[str, str]] = {}
+    for name in names:
+        for sample in _documents(groups[name][0]).samples:
+            outputs.setdefault(sample.index, {})[name] = sample.output
+            texts[sample.index] = (sample.source, sample.reference)
+    return [SideBySide(index, *texts[index], outputs[index]) for index in sorted(outputs)]
+
+
+def _distinct(runs: Sequence[RunRecord], key: str) -> list[str]:
+    return list(dict.fromkeys(str(run.summary.get(key, "unknown")) for run in runs))
+
+
+def _order_hashes(groups: Mapping[str, Sequence[RunRecord]]) -> dict[int, str]:
+    hashes: dict[int, list[str]] = {}
+    for runs in groups.values():
+        for run in runs:
+            hashes.setdefault(run.planned.seed, []).append(str(run.summary.get("order_hash", "unknown")))
+    return {seed: " / ".join(dict.fromkeys(found)) for seed, found in sorted(hashes.items())}
+
+
+def _environment(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """Every key of the runs' environments; values that differ between runs are all named."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for key, value in run.summary.get("environment", {}).items():
+            found.setdefault(str(key), []).append(str(value))
+    return {key: " / ".join(dict.fromkeys(values)) for key, values in found.items()}
+
+
+def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
+    """What the finished runs themselves show to be unequal."""
+    found = []
+    if len(_distinct(record.runs, "data_hash")) > 1:
+        found.append(Inequality("all", "runs were trained on different data (their data hashes differ)"))
+    for seed, hashes in _order_hashes(groups).items():
+        if " / " in hashes:
+            found.append(Inequality("all", f"seed {seed}: candidates did not see the examples in the same order"))
+    for key, value in _environment(record.runs).items():
+        if " / " in value:
+            found.append(Inequality("all", f"environment: {key} differs between runs: {value}"))
+    signatures = dict.fromkeys(_documents(run).signature for runs in groups.values() for run in runs)
+    if len(signatures) > 1:
+        found.append(Inequality("all", f"metric signatures differ: {' / '.join(signatures)}"))
+    seeds = {name: sorted(run.planned.seed for run in runs) for name, runs in groups.items()}
+    wanted = set(record.study.seeds)
+    for candidate in record.study.candidates:
+        got = seeds.get(candidate.name)
+        if got is None:
+            found.append(Inequality(candidate.name, "has no finished run: it is left out of this report"))
+        elif set(got) != wanted:
+            found.append(Inequality(candidate.name, f"ran with seeds {got}, the study's are {sorted(wanted)}"))
+    lock = record.study.budget.lock
+    for name, runs in groups.items():
+        for key in ("tokens", "seconds", "flops"):
+            spent = [float(run.summary.get(key) or 0.0) for run in runs]
+            off = max(abs(value / record.study.budget.amount - 1.0) for value in spent)
+            if key == lock and off > 0.02:
+                found.append(Inequality(name, f"spent {off:+.1%} off the locked {key} (worst seed)"))
+    return found

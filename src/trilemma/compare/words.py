@@ -1,0 +1,148 @@
+"""What a study's numbers allow one to say, in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from trilemma.compare.metrics import Metric
+from trilemma.compare.records import PlannedRun
+from trilemma.compare.results import CandidateResult, Control
+from trilemma.compare.statistics import MIN_SEEDS, PairTest
+from trilemma.config import Source, StudyConfig
+
+_UNITS = {"tokens": "scored tokens", "seconds": "seconds", "flops": "training FLOPs"}
+
+
+def amount(value: float) -> str:
+    """A quantity with a unit prefix: 1234567 -> "1.23 M"."""
+    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def task(study: StudyConfig) -> str:
+    """What was learned, from what."""
+    data = study.base.data
+    sources = data.train if isinstance(data.train, list) else [data.train]
+    described = ", ".join(_source(source) for source in sources)
+    languages = f", {data.source_language} to {data.target_language}" if data.target_language else ""
+    return f"{data.task}{languages}: {described}"
+
+
+def _source(source: Source) -> str:
+    if source.generated is not None:
+        size = f" ({source.size:,} examples)" if source.size else ""
+        return f'generated "{source.generated}"{size}'
+    return source.path or f"{source.source} with {source.target}"
+
+
+def budget(lock: str, value: float) -> str:
+    """The locked budget in words."""
+    return f"{amount(value)} {_UNITS[lock]} for each run"
+
+
+def verdict(test: PairTest, rows: Mapping[str, CandidateResult], metric: Metric, pairs: int, scale: str) -> str:
+    """One sentence on one pair. `scale` (the tested size and budget) stands in every one of them."""
+    first, second = rows[test.first], rows[test.second]
+    names = f"{test.first} and {test.second}"
+    if test.p is None or test.adjusted is None:
+        return f"{names}: no verdict: {_too_few(test.seeds)} ({scale})."
+    width = metric.decimals
+    gap = (
+        f"difference {abs(test.difference):.{width}f}, 95 % interval {_ordered(test, width)}, "
+        f"p = {test.adjusted:.2g} after Holm's correction over {pairs} {_plural('pair', pairs)}"
+    )
+    if not test.separated:
+        return f"{names}: not distinguishable with this budget ({gap}; {scale})."
+    better_first = (test.difference > 0) == metric.higher_is_better
+    winner, loser = (first, second) if better_first else (second, first)
+    means = winner.quality.interval.mean, loser.quality.interval.mean
+    values = f"{metric.sentence(means[0])} against {metric.sentence(means[1])}"
+    return f"{winner.name} is better than {loser.name}: {metric.label} {values} ({gap}; {scale})."
+
+
+def _ordered(test: PairTest, width: int) -> str:
+    low, high = (test.low, test.high) if test.difference >= 0 else (-test.high, -test.low)
+    return f"{low:.{width}f} to {high:.{width}f}"
+
+
+def scale(candidates: Sequence[CandidateResult], lock: str, value: float) -> str:
+    """The tested scale, as it stands in every verdict."""
+    sizes = sorted(row.parameters["non_embedding"] for row in candidates)
+    low, high = amount(sizes[0]), amount(sizes[-1])
+    size = low if low == high else f"{low} to {high}"
+    return f"tested at {size} non-embedding parameters and {amount(value)} {_UNITS[lock]}"
+
+
+def control(name: str, role: str, test: PairTest, metric: Metric) -> tuple[bool | None, str]:
+    """Whether a control came out as it must, and the sentence that says so."""
+    width = metric.decimals
+    gap = f"difference {test.difference:.{width}f}, 95 % interval {test.low:.{width}f} to {test.high:.{width}f}"
+    if test.p is None:
+        return None, f"{name}: cannot be judged: {_too_few(test.seeds)} ({gap})."
+    gap = f"{gap}, p = {test.p:.2g}"
+    if role == "same-twice":
+        if test.separated:
+            return False, f"A/A control failed: the reference differs from itself with other seeds ({gap})."
+        return True, f"A/A control passed: the reference is not told apart from itself with other seeds ({gap})."
+    reference_better = (test.difference > 0) == metric.higher_is_better
+    if test.separated and reference_better:
+        return True, f"Known-gap control passed: the handicapped reference is found to be worse ({gap})."
+    return False, f"Known-gap control failed: the handicapped reference is not found to be worse ({gap})."
+
+
+def withheld(outcomes: Sequence[Control]) -> str:
+    """Why no verdict may be printed at all; empty where verdicts stand."""
+    failed = [outcome.text for outcome in outcomes if outcome.passed is False]
+    return f"No verdict is printed, because a control failed. {' '.join(failed)}" if failed else ""
+
+
+def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: Sequence[PlannedRun]) -> list[str]:
+    """What a study of this size cannot tell."""
+    sizes = sorted(row.parameters["non_embedding"] for row in candidates)
+    low, high = amount(sizes[0]), amount(sizes[-1])
+    contexts = sorted({context for row in candidates if row.inference for context in row.inference.ms_per_token})
+    lines = [
+        f"Scale: models of {low if low == high else f'{low} to {high}'} non-embedding parameters and a budget of "
+        f"{budget(study.budget.lock, study.budget.amount)}. Rankings at other sizes and budgets may differ.",
+        "One task and one data set: nothing here says how the candidates rank on another one.",
+    ]
+    if not study.learning_rates:
+        rates = ", ".join(sorted({f"{row.training.learning_rate:g}" for row in candidates}))
+        lines.append(
+            f"No learning-rate sweep: every candidate trained at its configured rate ({rates}), which may suit some "
+            "better than others."
+        )
+    elif study.sweep_share < 1:
+        lines.append(
+            f"The learning rate was chosen at {study.sweep_share:.0%} of the budget with one seed; the best one for "
+            "the full budget may differ."
+        )
+    seeds = min(row.quality.interval.seeds for row in candidates)
+    if seeds < MIN_SEEDS:
+        count = f"{seeds} {_plural('seed', seeds)}"
+        lines.append(f"{count}: the luck of initialisation cannot be told from a real difference.")
+    elif seeds <= 5:
+        lines.append(f"{seeds} seeds: only differences well above the spread between seeds can be found.")
+    if not study.controls.same_twice or study.controls.known_gap is None:
+        lines.append(
+            "Not both controls (A/A and known gap) were run: how well the study itself can see is not checked."
+        )
+    lines.append("Times were measured on one machine; on other hardware the costs, and which is cheaper, may differ.")
+    if contexts:
+        lines.append(f"Inference was measured up to {contexts[-1]:,} tokens of context; nothing is said beyond.")
+    else:
+        lines.append("Inference cost was not measured.")
+    if missing:
+        count = f"{len(missing)} planned {_plural('run', len(missing))}"
+        lines.append(f"{count} had not finished when this report was drawn.")
+    return lines
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _too_few(seeds: int) -> str:
+    return f"{seeds} {_plural('seed', seeds)}, {'three' if MIN_SEEDS == 3 else MIN_SEEDS} are needed"

@@ -1,0 +1,149 @@
+"""Studies written by hand: run directories with chosen numbers, so that the report can be tested without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trilemma.compare.records import (
+    Documents,
+    Inequality,
+    InferencePoint,
+    Plan,
+    PlannedRun,
+    SampleOutput,
+    StudyDirectory,
+)
+from trilemma.config import StudyConfig, dump, parse
+
+AMOUNT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Fake:
+    """What a made-up candidate is like."""
+
+    accuracy: float = 0.9
+    seeds: tuple[int, ...] = (1, 2, 3)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 100.0
+    slope: float = 0.0  # ms per token and per token of context
+    base_ms: float = 2.0
+    state_per_token: float = 0.0
+    state: float = 4096.0
+    losses: tuple[float, ...] = (3.0, 2.0, 1.5, 1.2)  # at a quarter, half, three quarters, full
+    output: str = "zwei"
+
+
+def write_study(
+    path: Path,
+    fakes: Mapping[str, Fake],
+    *,
+    study: Mapping[str, Any] | None = None,
+    roles: Mapping[str, str] | None = None,
+    documents: int = 200,
+    plan: Mapping[str, Any] | None = None,
+    source: str = "two",
+) -> StudyDirectory:
+    """A finished study in `path`. `roles` marks controls (same-twice, known-gap)."""
+    roles = roles or {}
+    values: dict[str, Any] = {
+        "name": "synthetic",
+        "candidates": [
+            {"name": name, "overrides": {"model": dict(fake.model)}}
+            for name, fake in fakes.items()
+            if name not in roles
+        ],
+        "budget": {"lock": "tokens", "amount": AMOUNT},
+        "seeds": [1, 2, 3],
+        "metric": "exact_match",
+        "base": {"data": {"train": {"generated": "numbers", "size": 5000}}},
+        **(study or {}),
+    }
+    config = parse(StudyConfig, values)
+    directory = StudyDirectory(path)
+    runs = []
+    generator = np.random.default_rng(0)
+    difficulty = generator.normal(0, 1, documents)  # the same test set for all
+    for name, fake in fakes.items():
+        for seed in fake.seeds:
+            role = roles.get(name, "candidate")
+            run = PlannedRun(f"{len(runs):02d}-seed{seed}", name, role, "final", 1e-3, seed)  # type: ignore[arg-type]
+            runs.append(run)
+            _write_run(directory, config, run, fake, difficulty, generator, source)
+    directory.write_study(config)
+    directory.write_plan(
+        Plan(
+            runs,
+            [Inequality("all", "nothing of note")],
+            command="trilemma compare study.yaml --out out",
+            contexts=[128, 512, 2048],
+            **(plan or {}),
+        )
+    )
+    return directory
+
+
+def _write_run(
+    directory: StudyDirectory,
+    study: StudyConfig,
+    run: PlannedRun,
+    fake: Fake,
+    difficulty: np.ndarray,
+    generator: np.random.Generator,
+    source: str,
+) -> None:
+    path = directory.run_path(run.name)
+    path.mkdir(parents=True)
+    model = study.base.model.model_copy(update=dict(fake.model))
+    (path / "config.yaml").write_text(dump(study.base.model_copy(update={"model": model, "seed": run.seed})))
+    (path / "summary.json").write_text(json.dumps(_summary(run, fake)))
+    lines = []
+    for at, loss in enumerate(fake.losses, start=1):
+        share = at / len(fake.losses)
+        line = {"step": int(400 * share), "tokens": AMOUNT * share, "flops": 1e12 * share}
+        jitter = float(generator.normal(0, 0.01))
+        lines.append({**line, "seconds": fake.seconds * share, "valid_loss": loss + jitter})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    threshold = float(np.quantile(difficulty, fake.accuracy)) if fake.accuracy < 1 else np.inf
+    right = difficulty + generator.normal(0, 0.3, len(difficulty)) < threshold + generator.normal(0, 0.01)
+    statistics = np.stack([right.astype(float), np.ones(len(right))], axis=1)
+    sample = SampleOutput(0, source, "zwei", fake.output)
+    directory.write_documents(run.name, Documents("exact_match", "exact|v:1", "test", statistics, [sample]))
+    points = [
+        InferencePoint(c, 1, fake.base_ms + fake.slope * c, fake.state + fake.state_per_token * c)
+        for c in (128, 512, 2048)
+    ]
+    directory.write_inference(run.name, points)
+
+
+def _summary(run: PlannedRun, fake: Fake) -> dict[str, Any]:
+    return {
+        "steps": 400,
+        "tokens": AMOUNT,
+        "flops": 1e12,
+        "seconds": fake.seconds,
+        "peak_memory_bytes": 300 << 20,
+        "parameters": {"total": 1_200_000, "embedding": 200_000, "non_embedding": 1_000_000},
+        "best_step": 400,
+        "data_hash": "d" * 64,
+        "order_hash": f"{run.seed}" * 64,
+        "environment": {"python": "3.13.1", "torch": "2.13.0", "cpu": "a CPU", "threads": 2, "precision": "float32"},
+    }
+
+
+def edit_summary(directory: StudyDirectory, run: str, **changes: Any) -> None:
+    """Changes a run's summary in place."""
+    file = directory.run_path(run) / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def replace_plan(directory: StudyDirectory, **changes: Any) -> None:
+    """Changes the plan in place."""
+    directory.write_plan(dataclasses.replace(directory.read_plan(), **changes))

@@ -1,0 +1,301 @@
+"""The report: what report.json holds, what the pages say, and that hostile text stays text."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from synthetic import Fake, edit_summary, replace_plan, write_study
+
+from trilemma.compare.analysis import analyse
+from trilemma.compare.records import StudyDirectory
+from trilemma.compare.report import markdown_text, write_report
+from trilemma.compare.results import Report
+from trilemma.errors import CheckpointError
+
+TWO = {
+    "transformer": Fake(accuracy=0.9, slope=0.004, state_per_token=4096.0),
+    "lstm": Fake(accuracy=0.5, base_ms=3.0, model={"mixer": "lstm"}, losses=(3.2, 2.4, 2.0, 1.9)),
+}
+AGAIN, GAP = Fake(accuracy=0.9, seeds=(4, 5, 6)), Fake(accuracy=0.2)
+ROLES = {"again": "same-twice", "gap": "known-gap"}
+
+
+def analysed(directory: StudyDirectory) -> Report:
+    """The report without its pages and figures."""
+    return analyse(directory.read())
+
+
+def loaded(directory: StudyDirectory) -> dict:
+    return json.loads((directory.path / "report.json").read_text(encoding="utf-8"))
+
+
+def test_report_json_holds_what_was_promised(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    write_report(directory)
+    report = loaded(directory)
+    assert report["task"] == 'seq2seq: generated "numbers" (5,000 examples)'
+    assert report["budget"] == {"lock": "tokens", "amount": 1e6, "match_parameters": True, "tolerance": 0.02}
+    assert report["data_hash"] == "d" * 64
+    assert report["environment"]["torch"] == "2.13.0"
+    assert len(report["verdicts"]) == 1
+    transformer, lstm = report["candidates"]
+    assert (transformer["name"], transformer["mixer"], transformer["layout"]) == (
+        "transformer",
+        "attention",
+        "encoder-decoder",
+    )
+    assert lstm["mixer"] == "lstm"
+    assert transformer["parameters"] == {"total": 1_200_000, "embedding": 200_000, "non_embedding": 1_000_000}
+    quality = transformer["quality"]
+    assert (quality["metric"], quality["signature"], quality["seeds"]) == ("exact_match", "exact|v:1", 3)
+    assert quality["low"] < quality["mean"] < quality["high"]
+    assert quality["mean"] == pytest.approx(sum(quality["by_seed"].values()) / 3)
+    assert {"tokens_per_second", "seconds", "flops", "peak_memory_bytes"} <= set(transformer["training"])
+    assert transformer["training"]["tokens_per_second"] == pytest.approx(1e4)
+    assert transformer["inference"] == {
+        "ms_per_token": {"128": pytest.approx(2.512), "512": pytest.approx(4.048), "2048": pytest.approx(10.192)},
+        "state_bytes": {"128": 4096 + 128 * 4096, "512": 4096 + 512 * 4096, "2048": 4096 + 2048 * 4096},
+    }
+
+
+def test_the_report_depends_on_nothing_but_the_files(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    write_report(directory)
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    before = {file: file.read_bytes() for file in files}
+    write_report(StudyDirectory(tmp_path))
+    assert {file: file.read_bytes() for file in files} == before
+
+
+def test_a_planted_difference_is_a_verdict_with_its_scale(tmp_path: Path) -> None:
+    report = analysed(write_study(tmp_path, TWO))
+    (verdict,) = report.verdicts
+    assert re.match(r"transformer is better than lstm: exact match \d\d\.\d\d % against \d\d\.\d\d % \(", verdict)
+    assert verdict.endswith("tested at 1 M non-embedding parameters and 1 M scored tokens).")
+
+
+def test_equals_are_not_distinguishable_and_too_few_seeds_give_no_verdict(tmp_path: Path) -> None:
+    same = write_study(tmp_path / "same", {"a": Fake(), "b": Fake()})
+    assert analysed(same).verdicts[0].startswith("a and b: not distinguishable with this budget (")
+    few = write_study(tmp_path / "few", {"a": Fake(), "b": Fake(accuracy=0.1, seeds=(1, 2))})
+    assert analysed(few).verdicts[0].startswith("a and b: no verdict: 2 seeds, three are needed (")
+
+
+def test_both_controls_passing_leaves_the_verdicts(tmp_path: Path) -> None:
+    report = analysed(write_study(tmp_path, {**TWO, "again": AGAIN, "gap": GAP}, roles=ROLES))
+    assert [outcome.passed for outcome in report.outcomes] == [True, True]
+    assert report.verdicts and not report.withheld
+
+
+@pytest.mark.parametrize(
+    ("again", "gap", "why"),
+    [
+        (Fake(accuracy=0.4, seeds=(4, 5, 6)), GAP, "A/A control failed: the reference differs from itself"),
+        (AGAIN, Fake(accuracy=0.9), "Known-gap control failed: the handicapped reference is not found to be worse"),
+        (AGAIN, Fake(accuracy=0.99), "Known-gap control failed"),
+    ],
+)
+def test_a_failed_control_withholds_every_verdict(tmp_path: Path, again: Fake, gap: Fake, why: str) -> None:
+    directory = write_study(tmp_path, {**TWO, "again": again, "gap": gap}, roles=ROLES)
+    report = write_report(directory)
+    assert report.verdicts == []
+    assert report.withheld.startswith("No verdict is printed, because a control failed.")
+    assert why in report.withheld
+    values = loaded(directory)
+    assert values["verdicts"] == [] and values["pairs"][0]["separated"] is None
+    for page in ("report.html", "report.md"):
+        assert "is better than" not in (tmp_path / page).read_text(encoding="utf-8")
+
+
+def test_a_control_with_too_few_seeds_cannot_be_judged(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, {**TWO, "again": Fake(seeds=(4,))}, roles=ROLES)
+    (outcome,) = analysed(directory).outcomes
+    assert outcome.passed is None and "cannot be judged: 1 seed, three are needed" in outcome.text
+
+
+def test_a_ranking_that_flips_is_called_unstable(tmp_path: Path) -> None:
+    slow = {"a": Fake(losses=(3.0, 2.5, 2.0, 1.0)), "b": Fake(losses=(2.5, 2.2, 2.0, 1.5))}
+    report = analysed(write_study(tmp_path / "flip", slow))
+    assert report.stability.rankings == {"quarter": ["b", "a"], "half": ["b", "a"], "full": ["a", "b"]}
+    assert report.stability.text.startswith("Ranking unstable: b led a earlier and trails at the full budget.")
+    steady = analysed(write_study(tmp_path / "steady", TWO))
+    assert steady.stability.text.startswith("The order by validation loss is the same at a quarter and half")
+
+
+def test_crossovers_are_stated(tmp_path: Path) -> None:
+    report = analysed(write_study(tmp_path, TWO))
+    by_quantity = {item.quantity: item for item in report.crossovers}
+    assert by_quantity["ms per token"].context == pytest.approx(250)  # 2 + 0.004 * 250 = 3
+    assert by_quantity["ms per token"].text.startswith("ms per token: lstm needs less than transformer beyond about")
+    assert "no crossover; lstm needs less than transformer from 128 to 2,048" in by_quantity["state bytes"].text
+
+
+def test_corners_are_log_ratios_that_point_to_better(tmp_path: Path) -> None:
+    fakes = {"a": Fake(seconds=100.0, base_ms=4.0), "b": Fake(seconds=200.0, base_ms=1.0)}
+    _, b = analysed(write_study(tmp_path, fakes)).candidates
+    assert b.corners["training"].log2_ratio == pytest.approx(-1.0)
+    assert b.corners["inference"].log2_ratio == pytest.approx(2.0)
+
+
+def test_price_becomes_money(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    write_report(directory, price_per_hour=3.6)
+    price = loaded(directory)["candidates"][0]["price"]
+    assert price["train"] == pytest.approx(100.0 / 3600 * 3.6)
+    assert price["per_million_tokens"] == pytest.approx(10.192e-3 * 1e6 / 3600 * 3.6)
+    assert "to train" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_unequal_is_listed(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, {**TWO, "b": Fake(seeds=(1, 2, 9))})
+    edit_summary(directory, "00-seed1", order_hash="other", data_hash="e" * 64, tokens=1_100_000)
+    edit_summary(directory, "01-seed2", environment={"cpu": "another CPU"})
+    texts = [f"{item.candidate}: {item.text}" for item in write_report(directory).inequalities]
+    for expected in (
+        "all: nothing of note",
+        "all: runs were trained on different data (their data hashes differ)",
+        "all: seed 1: candidates did not see the examples in the same order",
+        "all: environment: cpu differs between runs: a CPU / another CPU",
+        "b: ran with seeds [1, 2, 9], the study's are [1, 2, 3]",
+        "transformer: spent +10.0% off the locked tokens (worst seed)",
+    ):
+        assert expected in texts
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "did not see the examples in the same order" in page
+
+
+def test_unfinished_runs_are_named(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    (directory.run_path("05-seed3") / "summary.json").unlink()
+    report = write_report(directory)
+    assert [run.name for run in report.missing] == ["05-seed3"]
+    assert "Incomplete: 1 planned run not finished" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_learning_rates_are_drawn(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, {"a": Fake(seeds=(1,)), "b": Fake(seeds=(1,))}, study={"learning_rates": [1e-3]})
+    replace_plan(directory, sweep_notes={"a": "0.001 was best of 0.001"})
+    report = write_report(directory)
+    assert [(point.candidate, point.learning_rate, point.chosen) for point in report.sweep] == [
+        ("a", 1e-3, True),
+        ("b", 1e-3, True),
+    ]
+    assert (tmp_path / "plots" / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
+    assert "0.001 was best of 0.001" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_plot_is_png_and_svg_and_every_table_is_csv(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    write_report(directory)
+    for name in ("triangle", "quality", "curves", "inference", "stability"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (tmp_path / "plots" / f"{name}.svg").read_bytes()
+    for name, rows in (("results", 2), ("curves", 8), ("inference", 6), ("pairs", 1), ("samples", 1)):
+        with (tmp_path / "tables" / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
+            assert len(list(csv.DictReader(stream))) == rows
+
+
+def test_a_folder_without_a_study_and_a_study_without_results_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no study here \(study.yaml is missing\)"):
+        write_report(StudyDirectory(tmp_path))
+    directory = write_study(tmp_path / "study", TWO)
+    (directory.run_path("00-seed1") / "documents.json").write_text("{")
+    with pytest.raises(CheckpointError, match="documents.json: cannot be read"):
+        write_report(directory)
+    for run in directory.read_plan().runs:
+        (directory.run_path(run.name) / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="nothing to report"):
+        write_report(directory)
+
+
+def test_runs_scored_on_different_documents_are_refused(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    file = directory.run_path("00-seed1") / "documents.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "statistics": values["statistics"][:-1]}))
+    with pytest.raises(CheckpointError, match="exact_match on 199 documents; exact_match on 200 doc"):
+        write_report(directory)
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
+NASTY_NAME = "=cmd|' /C calc'!A0 $\\frac{1}{$ | `x` [a](javascript:alert(1)) \u202e\x07\n\"'<b>"
+
+
+ALLOWED_TAGS = set(
+    ["html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "ul", "li", "table", "caption", "thead", "tbody", "tr", "th", "td", "bdi", "code", "figure", "img", "figcaption", "dl", "dt", "dd"]
+)
+
+
+class Elements(HTMLParser):
+    """Collects every tag, attribute and style of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> StudyDirectory:
+    directory = write_study(
+        tmp_path,
+        {NASTY_NAME: Fake(output=HOSTILE), HOSTILE: Fake(accuracy=0.5, output="]]> {{ 7*7 }} {% x %}")},
+        study={"name": HOSTILE},
+        source=HOSTILE,
+    )
+    replace_plan(directory, command=HOSTILE, sweep_notes={NASTY_NAME: HOSTILE})
+    edit_summary(directory, "00-seed1", environment={HOSTILE: HOSTILE})
+    write_report(directory)
+    return directory
+
+
+def test_hostile_text_is_inert_in_html(hostile: StudyDirectory) -> None:
+    text = (hostile.path / "report.html").read_text(encoding="utf-8")
+    page = Elements()
+    page.feed(text)
+    assert page.tags <= ALLOWED_TAGS
+    for tag, key, value in page.attributes:
+        assert not key.startswith("on")
+        assert key not in ("href", "style")
+        if key == "src":
+            assert tag == "img" and value.startswith("data:image/svg+xml;base64,")
+    assert "default-src 'none'" in text and "{{ 7*7 }}" in text and "49" not in re.findall(r"<bdi>(.*?)</bdi>", text)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_the_page_asks_for_nothing_from_outside(hostile: StudyDirectory) -> None:
+    text = (hostile.path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href|action|poster|data)\s*=\s*["']?(?:https?:)?//""", text)
+    style = re.search(r"<style>(.*?)</style>", text, re.S)
+    assert style is not None and "url(" not in style[1] and "@import" not in style[1]
+
+
+def test_hostile_text_is_inert_in_markdown_svg_and_csv(hostile: StudyDirectory) -> None:
+    markdown = (hostile.path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown and "<img" not in markdown and "](javascript:" not in markdown
+    assert "\u202e" not in markdown and "\x07" not in markdown
+    for file in (hostile.path / "plots").glob("*.svg"):
+        svg = file.read_text(encoding="utf-8")
+        assert "<script" not in svg and "onerror=" not in re.sub(r"<!--.*?-->", "", svg, flags=re.S)
+    with (hostile.path / "tables" / "results.csv").open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            assert row["candidate"][0] not in "=+-@\t\r"
+
+
+def test_markdown_text_leaves_nothing_active() -> None:
+    assert markdown_text("a|b\n*c* <i> & [x](y)") == "a\\|b\\\\n\\*c\\* &lt;i&gt; &amp; \\[x\\]\\(y\\)"
