@@ -1,0 +1,76 @@
+"""`trilemma bench` on a config: table, files, JSON line, messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from trilemma import machine
+from trilemma.cli.main import main
+
+CONFIG = """
+model: {layout: decoder-only, d_model: 16, num_layers: 1, num_heads: 2, vocab_size: 40, mixer: retention}
+"""
+QUICK = ["--contexts", "8,16", "--batch", "1,2", "--new-tokens", "2", "--repeats", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    measured = machine.measure_ceilings("cpu", quick=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "measure_ceilings", lambda device: measured)
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    return file
+
+
+def test_table_and_files(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["bench", str(config), *QUICK, "--out", str(out)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:2] == ["context", "batch"]
+    assert len(table) == 5
+    with (out / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["context"], row["batch"]) for row in rows] == [("8", "1"), ("8", "2"), ("16", "1"), ("16", "2")]
+    assert json.loads((out / "bench.json").read_text())["environment"]["device"] == "cpu"
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "bench.svg").read_text()
+
+
+def test_json_is_the_only_line_on_stdout(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(config), "model.mixer=attention", *QUICK, "--json", "--train"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert len(lines) == 1
+    result = json.loads(lines[0])
+    assert [row["context"] for row in result["rows"]] == [8, 8, 16, 16]
+    assert result["training"]["tokens_per_second"] > 0
+    assert result["parameters"]["total"] > 0
+    assert "context  batch" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contexts", "8,x"], '--contexts: "8,x" is not a list of positive numbers such as 128,512'),
+        (["--batch", "0"], '--batch: "0" is not a list of positive numbers such as 128,512'),
+        (["--precision", "bfloat"], '--precision: unknown value "bfloat"; did you mean "bfloat16"?'),
+        (["model.mixr=attention"], 'unknown key "model.mixr"; did you mean "mixer"?'),
+        (["model.mixer=retenton"], 'unknown mixer "retenton"; did you mean "retention"?'),
+    ],
+)
+def test_mistakes(config: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(config), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("trilemma: ")
+    assert message in captured.err
+
+
+def test_a_missing_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tmp_path / "none.yaml"), "--device", "cpu"]) == 2
+    assert "none.yaml: no such file" in capsys.readouterr().err
