@@ -243,9 +243,13 @@ class RunDirectory:
             records.append(record)
         return records
 
-    def cut_metrics(self, step: int) -> None:
-        """Drops what was recorded after `step`, so that a resumed run does not say it twice."""
-        records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
+    def cut_metrics(self, step: int, validated: int) -> None:
+        """Drops training records after `step` and validations after `validated`: a resumed run makes them again."""
+        records = [
+            record
+            for record in self.read_metrics()
+            if record.get("step", 0) <= (validated if "valid_loss" in record else step)
+        ]
         text = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
         files.replace_file(self.path / METRICS, text)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trilemma.errors import CheckpointError
@@ -51,7 +51,7 @@ def encode(tensors: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
     for _, tensor in ordered:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def shapes(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
     return {name: _described(path, reader, name) for name in reader.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _described(path: Path, reader: files.safe_open, name: str) -> tuple[torch.dtype, list[int]]:
+def _described(path: Path, reader: safe_open, name: str) -> tuple[torch.dtype, list[int]]:
     view = reader.get_slice(name)
     dtype = _DTYPES.get(view.get_dtype())
     if dtype is None:
@@ -101,7 +101,7 @@ def _described(path: Path, reader: files.safe_open, name: str) -> tuple[torch.dt
     return dtype, list(view.get_shape())
 
 
-def _check(path: Path, reader: files.safe_open, into: Mapping[str, Tensor], cast: bool) -> None:
+def _check(path: Path, reader: safe_open, into: Mapping[str, Tensor], cast: bool) -> None:
     held = set(reader.keys())
     if missing := sorted(set(into) - held):
         raise CheckpointError(f'{path}: foreign file: the tensor "{missing[0]}" is missing ({len(missing)} in all)')

@@ -1,0 +1,94 @@
+"""The loss: cross-entropy with label smoothing, summed over scored tokens, without ever holding all logits.
+
+The head runs over chunks of scored positions only. Each chunk's logits are freed by its own backward pass, which is
+exact and recomputes nothing: gradients with respect to the hidden vectors are collected and sent through the model once.
+Chunks also stay in the processor's caches: at a vocabulary of 8,192 on a CPU, chunks of 8 MB take half the time of the
+whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilemma.data import IGNORE
+
+_LOGIT_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+Head = Callable[[Tensor], Tensor]
+
+
+def backward(head: Head, hidden: Tensor, labels: Tensor, smoothing: float, scale: float, vocab_size: int) -> Tensor:
+    """Adds the gradients of `scale` times the loss sum; returns the loss sum (a scalar without a graph).
+
+    Label smoothing moves `smoothing` of the target's probability evenly to all classes, the target included (Szegedy et
+    al. 2016, as in Attention Is All You Need). Positions labelled IGNORE count nowhere.
+
+    Args:
+        head: hidden [tokens, d_model] -> logits [tokens, classes].
+        hidden: [..., d_model], with a graph.
+        labels: hidden's shape without the last axis.
+        smoothing: in [0, 1).
+        scale: factor of the gradients, 1 / (target tokens of the whole optimizer step).
+        vocab_size: classes, for the size of a chunk.
+    """
+    positions, targets = _scored(labels)
+    vectors = hidden.detach().flatten(0, -2).index_select(0, positions)
+    gradient = torch.zeros_like(hidden).flatten(0, -2)
+    total = torch.zeros((), dtype=_loss_dtype(hidden), device=hidden.device)
+    size = _chunk(vocab_size, hidden)
+    for start in range(0, len(targets), size):
+        chunk = vectors[start : start + size].requires_grad_()
+        loss = _loss(head(chunk), targets[start : start + size], smoothing)
+        with _plain(hidden):
+            (loss * scale).backward()
+        assert chunk.grad is not None
+        gradient.index_copy_(0, positions[start : start + size], chunk.grad)
+        total += loss.detach()
+    with _plain(hidden):
+        hidden.backward(gradient.view_as(hidden))
+    return total
+
+
+@torch.no_grad()
+def evaluate(head: Head, hidden: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    """The sum of the cross-entropy over scored positions, in nats, without smoothing."""
+    positions, targets = _scored(labels)
+    vectors = hidden.flatten(0, -2).index_select(0, positions)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    size = _chunk(vocab_size, hidden)
+    for start in range(0, len(targets), size):
+        total += _loss(head(vectors[start : start + size]), targets[start : start + size], 0.0)
+    return total
+
+
+def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    with _plain(logits):
+        logits = logits.to(_loss_dtype(logits))
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+
+
+def _scored(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions that are scored, and their labels."""
+    flat = labels.flatten()
+    positions = (flat != IGNORE).nonzero().squeeze(1)
+    return positions, flat.index_select(0, positions)
+
+
+def _chunk(vocab_size: int, hidden: Tensor) -> int:
+    return max(16, _LOGIT_BYTES.get(hidden.device.type, 64 << 20) // (4 * vocab_size))
+
+
+def _loss_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _plain(tensor: Tensor) -> AbstractContextManager[object]:
+    """Without autocast: backward passes take the types that forward chose, and the loss is float32."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
