@@ -19,9 +19,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from trilemma import laws as laws
-    from trilemma.decode import load as load
-    from trilemma.mixers.base import build_mixer as build_mixer
+        from trilemma.mixers.base import build_mixer as build_mixer
     from trilemma.models import build_model as build_model
+    from trilemma.predictor import load as load
     from trilemma.registry import available_mixers as available_mixers
     from trilemma.train import train as train
 
@@ -31,7 +31,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "build_mixer": ("trilemma.mixers.base", "build_mixer"),
     "build_model": ("trilemma.models", "build_model"),
     "laws": ("trilemma.laws", None),
-    "load": ("trilemma.decode", "load"),
+    "load": ("trilemma.predictor", "load"),
     "train": ("trilemma.train", None),
 }
 

@@ -149,8 +149,8 @@ def score_texts(
         sources, targets = [text.lower() for text in sources], [text.lower() for text in targets]
     prompts = Prompts(tokenizer, config)
     if task == "language-model":
-        scores = _score_documents(model, prompts, sources, line_ends, split, wanted, device)
-        return Evaluation(split, scores, list(sources), [], [])
+        found = _score_documents(model, prompts, sources, line_ends, split, wanted, device)
+        return Evaluation(split, found, list(sources), [], [])
     scores: list[Score] = []
     hypotheses: list[str] = []
     notes: list[str] = []

@@ -1,0 +1,72 @@
+"""`trilemma evaluate`: signed scores of a run on its own split or on files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from trilemma.cli.common import Device, Json, print_json, say
+from trilemma.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from trilemma.measure.evaluation import Evaluation
+    from trilemma.predictor import Predictor
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILES]... [decoding.KEY=VALUE]...",
+            help="one file of examples, or a source and a target file; default: the run's own split",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="test or valid")] = "test",
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="separated by commas; default: all that the task has")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Signed scores: BLEU and chrF (sacrebleu), exact match, accuracy, perplexity per token, bits per byte.
+
+    Scores of the run's own splits are kept in RUN: scores.json, and the outputs in outputs.SPLIT.txt.
+    """
+    from trilemma.cli.generate import decoding_settings
+    from trilemma.predictor import load
+
+    if split not in ("test", "valid"):
+        raise ConfigError(f'--split: unknown value "{split}"{nearest(split, ("test", "valid"))}')
+    given = arguments or []
+    files = [Path(argument) for argument in given if not argument.startswith("decoding.")]
+    settings = decoding_settings([argument for argument in given if argument.startswith("decoding.")], None)
+    wanted = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+    predictor = load(run, device=device, dtype=dtype)
+    evaluation = predictor.evaluate(files, cast('Literal["valid", "test"]', split), metrics=wanted, **settings)
+    for note in evaluation.notes:
+        say(f"note: {note}")
+    for score in evaluation.scores:
+        print(f"{evaluation.split}\t{score}", flush=True)
+    if not files:
+        _keep(predictor, evaluation)
+    if json:
+        print_json({"split": evaluation.split, "scores": evaluation.to_json(), "notes": evaluation.notes})
+
+
+def _keep(predictor: Predictor, evaluation: Evaluation) -> None:
+    """Replaces this split's entries in the run's scores.json, metric by metric, and its outputs."""
+    directory = predictor.require_directory()
+    measured = {score.metric for score in evaluation.scores}
+    kept = [
+        entry
+        for entry in directory.read_scores()
+        if entry.get("split") != evaluation.split or entry.get("metric") not in measured
+    ]
+    outputs = {evaluation.split: evaluation.hypotheses} if evaluation.hypotheses else {}
+    directory.write_scores([*kept, *evaluation.to_json()], outputs)
+    say(f"kept in {directory.path}/scores.json")

@@ -1,0 +1,168 @@
+"""`trilemma generate`: a filter, one line in, one line out."""
+
+from __future__ import annotations
+
+import json as jsons
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trilemma.cli.common import Device, Json, print_json, say
+from trilemma.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from trilemma.predictor import Generated, Predictor
+
+# A line without an end must not fill the memory.
+LINE_BYTES = 1 << 20
+
+
+@dataclass
+class Totals:
+    """What went through the filter."""
+
+    lines: int = 0
+    empty: int = 0
+    skipped: int = 0
+    cut: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, line: Generated) -> None:
+        """Counts one line."""
+        self.lines += 1
+        self.skipped += line.skipped is not None
+        self.empty += line.skipped is None and line.outputs[0].tokens == 0
+        self.cut += line.skipped is None and not line.outputs[0].finished
+        self.tokens += sum(output.tokens for output in line.outputs)
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[decoding.KEY=VALUE]...", help="how text is produced", show_default=False),
+    ] = None,
+    n_best: Annotated[
+        int | None, typer.Option("--n-best", min=1, help="this many outputs a line: index, score, text by tabs")
+    ] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="score and text, separated by a tab")] = False,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="one JSON object a line, with all outputs")] = False,
+    over_length: Annotated[
+        str, typer.Option("--over-length", help="lines that are too long: error, or skip (an empty line)")
+    ] = "error",
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="lines decoded together; default 1024, 1 on a terminal")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Reads lines from stdin and writes one line for each to stdout, in order; empty lines stay empty.
+
+    Translation, continuation, sampling (decoding.method=sample), n-best. A score is the log-probability over the
+    length penalty. Outputs appear window by window.
+    """
+    from trilemma.predictor import DEFAULT_WINDOW, load
+
+    if over_length not in ("error", "skip"):
+        raise ConfigError(f'--over-length: unknown value "{over_length}"{nearest(over_length, ("error", "skip"))}')
+    if scores and jsonl:
+        raise ConfigError("--scores and --jsonl exclude each other: the JSON objects hold the scores")
+    settings = decoding_settings(overrides or [], n_best)
+    predictor = load(run, device=device, dtype=dtype)
+    several = predictor.decoding(**settings).n_best > 1 or n_best is not None
+    size = window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW)
+    style = "jsonl" if jsonl else "n-best" if several else "scores" if scores else "text"
+    totals = Totals()
+    try:
+        _filter(predictor, sys.stdin.buffer, sys.stdout.buffer, totals, style, over_length == "skip", size, settings)
+    finally:
+        _report(totals)
+    if json:
+        print_json(asdict(totals))
+
+
+def decoding_settings(overrides: list[str], n_best: int | None) -> dict[str, Any]:
+    """The `decoding` keys that are asked for."""
+    from trilemma.config import apply_overrides
+
+    values = apply_overrides({}, overrides)
+    for key in values:
+        if key != "decoding" or not isinstance(values[key], dict):
+            raise ConfigError(f'override "{key}": only decoding.KEY=VALUE can be changed here: decoding.beam_size=8')
+    settings: dict[str, Any] = values.get("decoding", {})
+    return settings if n_best is None else {**settings, "n_best": n_best}
+
+
+def _filter(
+    predictor: Predictor,
+    stdin: IO[bytes],
+    stdout: IO[bytes],
+    totals: Totals,
+    style: str,
+    skip: bool,
+    window: int,
+    settings: dict[str, Any],
+) -> None:
+    """Everything from `stdin` to `stdout`, flushed window by window."""
+    start = time.monotonic()
+    lines = read_lines(stdin, "stdin")
+    for results in predictor.windows(lines, "skip" if skip else "error", window, **settings):
+        for line in results:
+            totals.add(line)
+            if line.skipped is not None:
+                say(f"trilemma: skipped {line.skipped}")
+            stdout.write(shown(line, style).encode())
+        stdout.flush()
+        totals.seconds = time.monotonic() - start
+
+
+def read_lines(stream: IO[bytes], name: str, limit: int = LINE_BYTES) -> Iterator[str]:
+    """Lines without their ends ("\\n" or "\\r\\n"), as they arrive.
+
+    Raises:
+        DataError: a line is not valid UTF-8 or longer than `limit` bytes; names the line.
+    """
+    number = 0
+    while raw := stream.readline(limit + 2):
+        number += 1
+        text = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if len(text) > limit:
+            raise DataError(f"{name}: line {number} is longer than {limit:,} bytes; one input a line is expected")
+        try:
+            yield text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: line {number}: invalid UTF-8 at byte {error.start + 1}") from None
+
+
+def shown(line: Generated, style: str) -> str:
+    """The output lines of one input line. Tabs in a text become spaces where tabs separate columns."""
+    if style == "jsonl":
+        value = {"index": line.index, "outputs": [asdict(output) for output in line.outputs], "skipped": line.skipped}
+        return jsons.dumps(value, ensure_ascii=False) + "\n"
+    if style == "n-best":
+        rows = (f"{line.index}\t{output.score:.6f}\t{_flat(output.text)}\n" for output in line.outputs)
+        return "".join(rows)
+    if style == "scores":
+        return f"{line.outputs[0].score:.6f}\t{_flat(line.text)}\n"
+    return line.text + "\n"
+
+
+def _flat(text: str) -> str:
+    return text.replace("\t", " ")
+
+
+def _report(totals: Totals) -> None:
+    rate = f", {totals.tokens / totals.seconds:,.0f} tokens/s" if totals.seconds > 0 else ""
+    parts = [f"{totals.lines:,} lines in {totals.seconds:.1f} s{rate}"]
+    if totals.skipped:
+        parts.append(f"{totals.skipped:,} too long and left empty")
+    if totals.cut:
+        parts.append(f"{totals.cut:,} outputs cut at the length limit (decoding.max_length, max_ratio, max_extra)")
+    say("; ".join(parts))

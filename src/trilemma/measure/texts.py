@@ -1,0 +1,82 @@
+"""The raw text of what is scored: a run's own split, or files; without its training data.
+
+A run can be scored where its training data are not: only the split itself is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trilemma.config import RunConfig, Source
+from trilemma.data.generated import generate
+from trilemma.data.readers import file_format, is_streamed, read_documents, read_records, source_files
+from trilemma.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Lines to score.
+
+    Attributes:
+        name: the split, or the file.
+        sources, targets: as `Dataset.eval_texts` gives them: targets are empty for language models, labels for classes.
+        line_ends: bytes of line ends that end-of-sequence stands for, in all.
+    """
+
+    name: str
+    sources: list[str]
+    targets: list[str]
+    line_ends: int = 0
+
+
+def split_texts(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
+    """The lines of a run's split, equal to those of `Dataset.eval_texts`.
+
+    Raises:
+        DataError: the run has no such split, or its files are gone or malformed.
+    """
+    source: Source | None = getattr(config.data, split)
+    if source is None:
+        train = config.data.train if isinstance(config.data.train, Source) else config.data.train[0]
+        if train.generated is None:
+            raise DataError(f"there is no {split} data: set data.{split} in the config, or name files to score")
+        source = train.model_copy(update={"size": None, "weight": 1.0})
+    return _read(config, source, split, split)
+
+
+def file_texts(config: RunConfig, files: list[Path]) -> Texts:
+    """The lines of files given by hand: one file of examples, or a source and a target file.
+
+    Raises:
+        ConfigError: more than two files. DataError: missing, empty, misaligned or malformed.
+    """
+    if len(files) == 1:
+        return _read(config, Source.model_validate({"path": str(files[0])}), "test", files[0].name)
+    if len(files) != 2 or is_streamed(config.data.task):
+        wanted = "one file" if is_streamed(config.data.task) else "one file of examples, or a source and a target file"
+        raise ConfigError(f"a {config.data.task} run is scored on {wanted}; {len(files)} files were given")
+    source = Source.model_validate({"source": str(files[0]), "target": str(files[1])})
+    return _read(config, source, "test", files[1].name)
+
+
+def _read(config: RunConfig, source: Source, split: str, name: str) -> Texts:
+    task = config.data.task
+    documents = str(source.options.get("documents", "line" if config.data.packing else "file"))
+    if source.generated is not None:
+        pairs = list(generate(source.generated, split, source.size, source.options))
+        if is_streamed(task):
+            return Texts(name, [f"{first} = {second}" for first, second in pairs], [])
+        return Texts(name, [first for first, _ in pairs], [second for _, second in pairs])
+    if not is_streamed(task):
+        examples = list(read_records(source, task))
+        return Texts(name, [example[0] for example in examples], [example[1] for example in examples])
+    texts, pieces = [], []
+    for piece, ends in read_documents(source, task, documents):
+        pieces.append(piece)
+        if ends:
+            texts.append("".join(pieces))
+            pieces = []
+    lines = documents == "line" and file_format(source_files(source)[0]) == ".txt"
+    return Texts(name, texts, [], line_ends=len(texts) if lines else 0)
