@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from trilemma import laws as laws
-        from trilemma.mixers.base import build_mixer as build_mixer
+    from trilemma.mixers.base import build_mixer as build_mixer
     from trilemma.models import build_model as build_model
     from trilemma.predictor import load as load
     from trilemma.registry import available_mixers as available_mixers
