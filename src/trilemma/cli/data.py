@@ -167,7 +167,7 @@ def _row(console: Console, name: str, finding: Finding, bad: bool = False) -> No
         return
     from rich.markup import escape
 
-    where = ", ".join(str(line) for line in finding.lines) + (", ..." if finding.count > len(finding.lines) else "")
+    where = escape(", ".join(finding.lines)) + (", ..." if finding.count > len(finding.lines) else "")
     colour = "red" if bad else "yellow"
     console.print(f"  [{colour}]{name}[/]  {finding.count:,}  (line {where})")
     for message in finding.messages:

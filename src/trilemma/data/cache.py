@@ -28,6 +28,8 @@ from trilemma.errors import DataError
 
 STORE_VERSION = 1
 _CHUNK = 1 << 20
+_LARGE = 64 << 20  # bytes; a smaller file is hashed again each time
+_ABANDONED = 24 * 3600.0  # seconds after which a store under construction is taken for one that was killed
 
 
 def default_cache_dir() -> Path:
@@ -51,6 +53,26 @@ def hash_file(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def content_hash(path: Path, root: Path) -> str:
+    """`hash_file`, remembered under `root` for large files until their size, times or inode change."""
+    status = path.stat()
+    if status.st_size < _LARGE:
+        return hash_file(path)
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    name = hash_values_of(str(path.resolve()))
+    with locked(root / "hashes", name):
+        memo = root / "hashes" / f"{name}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(memo.read_text(encoding="utf-8"))
+            if known["stamp"] == stamp:
+                return str(known["sha256"])
+        digest = hash_file(path)
+        temporary = memo.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"stamp": stamp, "sha256": digest}), encoding="utf-8")
+        temporary.replace(memo)
+        return digest
 
 
 def hash_values_of(*parts: object) -> str:
@@ -146,6 +168,10 @@ class StoreBuilder:
         self._files: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> StoreBuilder:
+        for left in self.root.glob("building-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(left)
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:

@@ -33,13 +33,13 @@ _BINS = 12
 
 @dataclass
 class Finding:
-    """Lines of one kind: how many, and where the first ones are."""
+    """Lines of one kind: how many, and the first of them (as file:line where there are several files)."""
 
     count: int = 0
-    lines: list[int] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
-    def add(self, line: int, message: str = "") -> None:
+    def add(self, line: str, message: str = "") -> None:
         self.count += 1
         if len(self.lines) < SHOWN:
             self.lines.append(line)
@@ -189,13 +189,23 @@ class _Scan:
         self.fields = FIELDS[task]
         self.columns = {field: _Column() for field in self.fields if field != "label"}
         self.hashes = array("Q")
-        self.lines = array("q")
+        self.lines, self.sources = array("q"), array("q")
+        self.source_names: list[str] = []
         self.labels: Counter[str] = Counter()
 
-    def add(self, line: int, example: Example) -> None:
-        report = self.report
+    def place(self, index: int) -> str:
+        """Where an example stands."""
+        return self.name_line(self.sources[index], self.lines[index])
+
+    def name_line(self, source: int, line: int) -> str:
+        return f"{self.source_names[source]}:{line}" if len(self.source_names) > 1 else str(line)
+
+    def add(self, source: int, number: int, example: Example) -> None:
+        """Takes in the example of line `number` of a source."""
+        report, line = self.report, self.name_line(source, number)
         report.examples += 1
-        self.lines.append(line)
+        self.lines.append(number)
+        self.sources.append(source)
         self.hashes.append(_hash("\x1f".join(example)))
         for name, text in zip(self.fields, example, strict=True):
             if name == "label":
@@ -223,10 +233,10 @@ class _Scan:
         """Turns the gathered numbers into the report."""
         report = self.report
         report.labels = dict(self.labels.most_common())
-        _find_repeats(_numbers(self.hashes), self.lines, report.duplicates)
+        self._find_repeats(_numbers(self.hashes), report.duplicates)
         for rank, (name, column) in enumerate(self.columns.items()):
             if rank == 0 and len(self.fields) > 1:
-                _find_repeats(_numbers(column.hashes), self.lines, report.duplicate_sources)
+                self._find_repeats(_numbers(column.hashes), report.duplicate_sources)
             report.fields[name] = self._field(name, column, limits.get(name, 0))
         if self.fields == ("source", "target"):
             self._ratios()
@@ -241,7 +251,7 @@ class _Scan:
         over = Finding()
         if limit:
             for index in np.flatnonzero(tokens + _added(name) > limit):
-                over.add(self.lines[index])
+                over.add(self.place(int(index)))
         characters, words = _lengths(_numbers(column.characters)), _lengths(_numbers(column.words))
         return FieldReport(characters, words, _lengths(size), _lengths(tokens), rate, over, limit)
 
@@ -255,7 +265,15 @@ class _Scan:
         relative = np.abs(np.log(ratio / np.median(ratio[both])))
         for index in np.flatnonzero(both & (relative > np.log(_RATIO))):
             message = f"{source[index]} and {target[index]} characters"
-            self.report.ratio_outliers.add(self.lines[index], message)
+            self.report.ratio_outliers.add(self.place(int(index)), message)
+
+    def _find_repeats(self, hashes: NDArray[Any], finding: Finding) -> None:
+        """Every occurrence after the first; empty lines are reported elsewhere."""
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        repeated = np.sort(order[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != _BLANK)])
+        for index in repeated:
+            finding.add(self.place(int(index)))
 
 
 def _added(name: str) -> int:
@@ -263,7 +281,13 @@ def _added(name: str) -> int:
     return 2 if name == "text" else 1
 
 
+_BLANK = np.uint64(0)
+
+
 def _hash(text: str) -> int:
+    """64 bits; 0 stands for every text without a visible character."""
+    if not text.strip("\x1f \t\n"):
+        return 0
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
@@ -273,17 +297,17 @@ def _numbers(values: array[int]) -> NDArray[Any]:
 
 def _scan(name: str, sources: list[Source], task: str, tokenizer: Tokenizer, exact: bool) -> _Scan:
     scan = _Scan(name, [str(path) for source in sources for path in source_files(source)], task)
+    scan.source_names = [str(source_files(source)[0]) for source in sources]
     progress = Progress(f"checking {name}")
     waiting: list[Example] = []
-    line = 0
-    for source in sources:
-        for attempt in read_attempts(source, task):
-            line += 1
+    for rank, source in enumerate(sources):
+        first = 2 if source.options.get("header", False) else 1
+        for line, attempt in enumerate(read_attempts(source, task), start=first):
             progress.add(1)
             if isinstance(attempt, DataError):
-                scan.report.unreadable.add(line, str(attempt))
+                scan.report.unreadable.add(scan.name_line(rank, line), str(attempt))
                 continue
-            scan.add(line, attempt)
+            scan.add(rank, line, attempt)
             if exact or scan.report.examples <= _SAMPLE:
                 waiting.append(attempt)
             if len(waiting) >= 1000:
@@ -301,20 +325,12 @@ def _count_tokens(scan: _Scan, examples: list[Example], tokenizer: Tokenizer) ->
             scan.add_tokens(name, [len(ids) for ids in tokenizer.encode_batch(texts)], size)
 
 
-def _find_repeats(hashes: NDArray[Any], lines: array[int], finding: Finding) -> None:
-    """Every occurrence after the first."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    repeated = np.sort(order[1:][ordered[1:] == ordered[:-1]])
-    for index in repeated:
-        finding.add(lines[index])
-
-
 def _overlap(name: str, train: _Scan, other: _Scan) -> Overlap:
     def common(seen: array[int], asked: array[int]) -> Finding:
         finding = Finding()
-        for index in np.flatnonzero(np.isin(_numbers(asked), _numbers(seen))):
-            finding.add(other.lines[index])
+        found = np.isin(_numbers(asked), _numbers(seen)) & (_numbers(asked) != _BLANK)
+        for index in np.flatnonzero(found):
+            finding.add(other.place(int(index)))
         return finding
 
     sides = {

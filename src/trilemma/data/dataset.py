@@ -133,11 +133,15 @@ class Dataset:
         return sum(store.bytes[field] + int(store.meta.get("line_ends", 0)) for store in self.stores[split])
 
     def resolved(self, config: RunConfig) -> RunConfig:
-        """`config` with what the data decides: vocab_size, num_labels, label names, notes."""
-        model = {"vocab_size": self.tokenizer.vocab_size}
+        """`config` with what the data decides: vocab_size, num_labels, label names, notes.
+
+        Raises:
+            ConfigError: the config sets a vocabulary or number of labels that the data do not fit in.
+        """
+        model = {"vocab_size": _at_least("vocab_size", config.model.vocab_size, self.tokenizer.vocab_size)}
         data = {}
         if self.label_names is not None:
-            model["num_labels"] = max(2, len(self.label_names))
+            model["num_labels"] = _at_least("num_labels", config.model.num_labels, len(self.label_names))
             data["labels"] = self.label_names
         return config.model_copy(
             update={
@@ -280,3 +284,9 @@ def check_layout(config: RunConfig) -> None:
         raise CapabilityError(
             f"data.task {config.data.task} needs model.layout {' or '.join(allowed)}, not {config.model.layout}"
         )
+
+
+def _at_least(name: str, chosen: int | None, needed: int) -> int:
+    if chosen is not None and chosen < needed:
+        raise ConfigError(f"model.{name}: {chosen} is too small: the data have {needed}; leave it out to use that")
+    return needed if chosen is None else chosen

@@ -12,6 +12,7 @@ from trilemma.data.cache import (
     Progress,
     StoreBuilder,
     TokenStore,
+    content_hash,
     default_cache_dir,
     hash_file,
     hash_values_of,
@@ -36,6 +37,11 @@ from trilemma.errors import ConfigError, DataError, nearest
 
 _PREPARE_VERSION = 1
 _BATCH = 1000
+_DOCUMENT_NOTES = {
+    "line": "each line or record is one document; option documents of a source: line, blank, file",
+    "blank": "documents of plain text end at empty lines; option documents of a source: line, blank, file",
+    "file": "each text file is one document, line ends kept; option documents of a source: line, blank, file",
+}
 Item = tuple[Example, bool]  # an example, or a piece of one, and whether the example ends with it
 
 
@@ -75,7 +81,10 @@ def prepare(
     }
     weights = [source.weight for source in sources["train"]]
     names = [item.name for item in inputs["train"]]
-    return Dataset(config, tokenizer, stores, weights, labels, names), tokenizer
+    dataset = Dataset(config, tokenizer, stores, weights, labels, names)
+    if is_streamed(task):
+        dataset.notes["data.documents"] = _DOCUMENT_NOTES[inputs["train"][0].documents]
+    return dataset, tokenizer
 
 
 def _sources(
@@ -136,7 +145,7 @@ class _Input:
         self.name = str(self.files[0]) if self.files else f"generated {source.generated}"
         self.key = hash_values_of(
             _PREPARE_VERSION,
-            [(hash_file(path), file_format(path), path.suffix) for path in self.files],
+            [(content_hash(path, root), file_format(path), path.suffix) for path in self.files],
             [source.generated, source.size, source.options, split if source.generated else "", GENERATOR_VERSION],
             [self.task, self.lowercase, self.documents if is_streamed(self.task) else ""],
         )

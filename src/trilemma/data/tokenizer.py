@@ -27,7 +27,7 @@ SPECIALS = ("< pad >", "< bos >", "< eos >", "< unk >", "< sep >", "< mask >")
 # Names by which tokenizers of others call the same six, in the order of preference.
 _FOREIGN: tuple[tuple[str, ...], ...] = (
     ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
-    ("<s>", "<bos>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>", "<|bos|>", "<|endoftext|>"),
+    ("<s>", "<bos>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>", "<|bos|>"),
     ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|eos|>", "<|endoftext|>"),
     ("<unk>", "[UNK]", "<|unk|>"),
     ("<sep>", "[SEP]"),
@@ -96,8 +96,8 @@ class _SentencePiece:
 class Tokenizer:
     """A vocabulary with its six special ids; `vocab_size` counts all of them.
 
-    `encode` adds no special ids, `decode` leaves them out. For kinds byte, bpe and unigram `decode(encode(text)) ==
-    text` for every valid text (lower-cased where asked for).
+    `encode` adds no special ids; `decode` leaves them out, but shows `unk`, because it stands for text. For kinds byte,
+    bpe and unigram `decode(encode(text)) == text` for every valid text (lower-cased where asked for).
     """
 
     backend: _Backend
@@ -128,8 +128,12 @@ class Tokenizer:
             raise
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special ids are left out."""
-        special = self.special_ids
+        """The text of ids; special ids are left out, except `unk`.
+
+        Raises:
+            DataError: an id is outside the vocabulary.
+        """
+        special = self.special_ids - {self.unk}
         kept = [int(index) for index in ids if int(index) not in special]
         for index in kept:
             if not 0 <= index < self.vocab_size:
