@@ -189,7 +189,8 @@ def load_state(template: State, path: str | Path) -> State:
 def _filled(state: State, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, int]) -> State:
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return tensors[name].to(value.device)
+            # Aligned memory of its own: kernels choose by address, and other kernels give other bits.
+            return tensors[name].to(value.device, copy=True)
         if isinstance(value, State):
             return _filled(value, f"{name}.", tensors, numbers)
         if isinstance(value, tuple):
