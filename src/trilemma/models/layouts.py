@@ -272,6 +272,7 @@ class EncoderDecoder(SequenceModel):
             raise CapabilityError("an encoder-decoder model needs a source")
         if segments is not None:
             raise CapabilityError("packed rows are for decoder-only and encoder-only models")
+        _check_rows(len(inputs), source)
         memory = self.stack.memories(self.encode(source, source_lengths), source_lengths)
         ragged = _ragged(inputs, lengths)
         x, _ = self.embedding(inputs, None, ragged, types)
@@ -290,6 +291,7 @@ class EncoderDecoder(SequenceModel):
         """See `SequenceModel.begin`: the source is encoded once."""
         if source is None:
             raise CapabilityError("an encoder-decoder model needs a source")
+        _check_rows(rows, source)
         memory = self.stack.memories(self.encode(source, source_lengths), source_lengths)
         return self._empty_state(rows, memory, capacity, rewind)
 
@@ -340,6 +342,8 @@ class EncoderOnly(SequenceModel):
         """See `SequenceModel.forward`."""
         if source is not None:
             raise CapabilityError("an encoder-only model reads its inputs; it has no separate source")
+        if segments is not None and self.config.num_labels is not None:
+            raise CapabilityError("a classifier reads one sequence a row, not packed ones")
         ragged = _ragged(inputs, lengths, None, segments)
         x, _ = self.embedding(inputs, None, ragged, types)
         hidden: Tensor = self.stack(x, None, ragged)[0]
@@ -382,6 +386,13 @@ def _embedding(config: ModelConfig) -> Embedding:
         config.dropout,
         config.norm_epsilon,
     )
+
+
+def _check_rows(rows: int, source: Tensor) -> None:
+    if len(source) != rows:
+        raise ValueError(
+            f"{rows} rows need as many sources, found {len(source)}; State.select gives a source more rows"
+        )
 
 
 def _ragged(

@@ -182,10 +182,7 @@ def make_stack(config: ModelConfig, role: str) -> Stack:
     for i in range(layers):
         parts: list[Mixer | FeedForward] = [_mixer(pattern[i % len(pattern)], config, encoder)]
         if role == "cross":
-            cross = _mixer(config.cross_mixer, config, False)
-            if not isinstance(cross, CrossAttention):
-                raise CapabilityError(f'model.cross_mixer: mixer "{cross.name}" reads no memory')
-            parts.append(cross)
+            parts.append(_cross_mixer(config))
         parts.append(FeedForward(config.d_model, config.d_ff or 4 * config.d_model, config.activation, config.bias))
         blocks.append(Block(parts, config))
     return Stack(blocks, config)
@@ -208,9 +205,18 @@ def _mixer(spec: MixerSpec, config: ModelConfig, encoder: bool) -> Mixer:
     if encoder and able.causal and not able.bidirectional:
         inner = {"name": name, **options}
         return build_mixer("bidirectional", config.d_model, False, config.num_heads, inner=inner)
-    mixer = build_mixer(name, config.d_model, not encoder, config.num_heads, **options)
-    if mixer.capabilities.reads_memory and spec is not config.cross_mixer:
+    if able.reads_memory:
         raise CapabilityError(f'model.mixer: "{name}" reads a memory; it is for model.cross_mixer')
-    if config.prefix and not encoder and not (mixer.capabilities.prefix):
+    mixer = build_mixer(name, config.d_model, not encoder, config.num_heads, **options)
+    if config.prefix and not encoder and not mixer.capabilities.prefix:
         raise CapabilityError(f'model.prefix: mixer "{name}" cannot read a prefix in both directions')
     return mixer
+
+
+def _cross_mixer(config: ModelConfig) -> CrossAttention:
+    """The part of a decoder layer that reads the encoder."""
+    name, options = split_spec(config.cross_mixer)
+    cross = build_mixer(name, config.d_model, True, config.num_heads, **options)
+    if not isinstance(cross, CrossAttention):
+        raise CapabilityError(f'model.cross_mixer: mixer "{name}" reads no memory')
+    return cross
