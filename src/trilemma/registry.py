@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trilemma.mixers.base import Mixer
 
 _MIXERS: dict[str, type[Mixer]] = {}
+_PLUGINS: list[Path] = []
 _discovered = False
 
 MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
@@ -64,6 +65,11 @@ def mixer_class(name: str) -> type[Mixer]:
     return _MIXERS[name]
 
 
+def loaded_plugins() -> list[Path]:
+    """Plug-in files that this process has loaded, in order: a process that it starts must load them too."""
+    return list(_PLUGINS)
+
+
 def load_plugin(path: str | Path) -> list[str]:
     """Imports a Python file given on the command line; returns the names of the mixers that it registers."""
     file = Path(path)
@@ -86,4 +92,5 @@ def load_plugin(path: str | Path) -> list[str]:
     added = sorted(set(_MIXERS) - before)
     if not added:
         raise ConfigError(f"plug-in {file}: registers no mixer; decorate a Mixer subclass with @register_mixer(name)")
+    _PLUGINS.append(file.resolve())
     return added

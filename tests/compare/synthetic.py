@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ from trilemma.compare.records import (
     SampleOutput,
     StudyDirectory,
 )
-from trilemma.config import StudyConfig, dump, parse
+from trilemma.config import StudyConfig, parse
+from trilemma.runs import RunDirectory
 
 AMOUNT = 1_000_000
 
@@ -99,18 +99,15 @@ def _write_run(
     generator: np.random.Generator,
     source: str,
 ) -> None:
-    path = directory.run_path(run.name)
-    path.mkdir(parents=True)
-    model = study.base.model.model_copy(update=dict(fake.model))
-    (path / "config.yaml").write_text(dump(study.base.model_copy(update={"model": model, "seed": run.seed})))
-    (path / "summary.json").write_text(json.dumps(_summary(run, fake)))
-    lines = []
+    model = study.base.model.model_copy(update={"vocab_size": 100, **fake.model})
+    config = study.base.model_copy(update={"model": model, "seed": run.seed})
+    made = RunDirectory.create(directory.run_path(run.name), config, b"{}")
+    made.write_summary(_summary(run, fake))
     for at, loss in enumerate(fake.losses, start=1):
         share = at / len(fake.losses)
         line = {"step": int(400 * share), "tokens": AMOUNT * share, "flops": 1e12 * share}
         jitter = float(generator.normal(0, 0.01))
-        lines.append({**line, "seconds": fake.seconds * share, "valid_loss": loss + jitter})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        made.append_metrics({**line, "seconds": fake.seconds * share, "valid_loss": loss + jitter})
     threshold = float(np.quantile(difficulty, fake.accuracy)) if fake.accuracy < 1 else np.inf
     right = difficulty + generator.normal(0, 0.3, len(difficulty)) < threshold + generator.normal(0, 0.01)
     statistics = np.stack([right.astype(float), np.ones(len(right))], axis=1)
@@ -140,8 +137,8 @@ def _summary(run: PlannedRun, fake: Fake) -> dict[str, Any]:
 
 def edit_summary(directory: StudyDirectory, run: str, **changes: Any) -> None:
     """Changes a run's summary in place."""
-    file = directory.run_path(run) / "summary.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    made = RunDirectory.open(directory.run_path(run))
+    made.write_summary({**made.read_summary(), **changes})
 
 
 def replace_plan(directory: StudyDirectory, **changes: Any) -> None:

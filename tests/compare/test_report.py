@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -208,20 +209,26 @@ def test_a_folder_without_a_study_and_a_study_without_results_are_clear_errors(t
     with pytest.raises(CheckpointError, match=r"no study here \(study.yaml is missing\)"):
         write_report(StudyDirectory(tmp_path))
     directory = write_study(tmp_path / "study", TWO)
-    (directory.run_path("00-seed1") / "documents.json").write_text("{")
-    with pytest.raises(CheckpointError, match="documents.json: cannot be read"):
-        write_report(directory)
     for run in directory.read_plan().runs:
         (directory.run_path(run.name) / "summary.json").unlink()
     with pytest.raises(CheckpointError, match="nothing to report"):
         write_report(directory)
 
 
-def test_runs_scored_on_different_documents_are_refused(tmp_path: Path) -> None:
+def test_an_altered_result_is_named_and_never_read(tmp_path: Path) -> None:
     directory = write_study(tmp_path, TWO)
     file = directory.run_path("00-seed1") / "documents.json"
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, "statistics": values["statistics"][:-1]}))
+    file.write_bytes(file.read_bytes().replace(b"1.0", b"0.0", 1))
+    with pytest.raises(CheckpointError, match=r"documents\.json"):
+        analysed(directory)
+
+
+def test_runs_scored_on_different_documents_are_refused(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    documents = directory.read_documents("00-seed1")
+    assert documents is not None
+    shorter = dataclasses.replace(documents, statistics=documents.statistics[:-1])
+    directory.write_documents("00-seed1", shorter)
     with pytest.raises(CheckpointError, match="exact_match on 199 documents; exact_match on 200 doc"):
         write_report(directory)
 
@@ -233,7 +240,36 @@ NASTY_NAME = "=cmd|' /C calc'!A0 $\\frac{1}{$ | `x` [a](javascript:alert(1)) \u2
 
 
 ALLOWED_TAGS = set(
-    ["html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "ul", "li", "table", "caption", "thead", "tbody", "tr", "th", "td", "bdi", "code", "figure", "img", "figcaption", "dl", "dt", "dd"]
+    [
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "div",
+        "ul",
+        "li",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "bdi",
+        "code",
+        "figure",
+        "img",
+        "figcaption",
+        "dl",
+        "dt",
+        "dd",
+    ]
 )
 
 

@@ -145,7 +145,7 @@ def _mixer_names(spec: MixerSpec | list[MixerSpec]) -> str:
 
 def _one_name(options: Mapping[str, object]) -> str:
     """A wrapper's label names what it wraps: bidirectional(retention)."""
-    inner = options.get("mixer")
+    inner = options.get("inner")
     if inner is None:
         return str(options.get("name", "?"))
     wrapped = inner if isinstance(inner, str) else _one_name(inner) if isinstance(inner, dict) else "?"

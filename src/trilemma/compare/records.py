@@ -2,18 +2,19 @@
 
     OUT/study.yaml                        the study, as it was asked for
     OUT/plan.json                         every run that was planned, what could not be made equal, the command
+    OUT/configs/<run>.yaml                the resolved configuration of each run: `trilemma train` takes it as it is
     OUT/runs/<run>/                       a run directory (see `trilemma.runs`), and in it:
         documents.json                    the metric's sufficient statistics per test document, and sample outputs
         inference.json                    ms per token and state bytes by context
 
-All of it is JSON or YAML text; nothing that is read can run code.
+All of it is JSON or YAML text; nothing that is read can run code. Files of a run are read through its manifest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,13 @@ import numpy as np
 
 from trilemma.compare.metrics import Array
 from trilemma.config import RunConfig, StudyConfig, dump, parse, read_yaml
-from trilemma.errors import CheckpointError
+from trilemma.errors import CheckpointError, ConfigError
+from trilemma.runs import RunDirectory, files
+from trilemma.runs.directory import SUMMARY, to_json
+
+DOCUMENTS = "documents.json"
+INFERENCE = "inference.json"
+_TEXT_LIMIT = 1 << 28
 
 Role = Literal["candidate", "same-twice", "known-gap"]
 Stage = Literal["sweep", "final"]
@@ -152,18 +159,37 @@ class StudyDirectory:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: not a study's plan: {error}") from None
 
+    def claim_config(self, name: str, config: RunConfig) -> Path:
+        """Keeps the configuration of a run; the path of its file.
+
+        Raises:
+            ConfigError: this study holds a run of that name with other settings; the first that differs is named.
+        """
+        file = self.path / "configs" / f"{name}.yaml"
+        if file.is_file():
+            kept = parse(RunConfig, read_yaml(file), str(file))
+            for key, value in flatten(config.model_dump(mode="json")).items():
+                if key.split(".")[0] not in ("notes", "name") and flatten(kept.model_dump(mode="json"))[key] != value:
+                    was = flatten(kept.model_dump(mode="json"))[key]
+                    raise ConfigError(
+                        f"{self.run_path(name)}: was run with {key}={was}, the study now says {value}; "
+                        "choose another --out, or put the old value back"
+                    )
+        else:
+            write_text(file, dump(config))
+        return file
+
     def write_documents(self, name: str, documents: Documents) -> None:
         """Keeps a run's test result."""
         values = dataclasses.asdict(documents)
         values["statistics"] = documents.statistics.tolist()
-        write_json(self.run_path(name) / "documents.json", values)
+        RunDirectory.open(self.run_path(name)).publish({DOCUMENTS: to_json(values)})
 
     def read_documents(self, name: str) -> Documents | None:
         """A run's test result, or None where it has not been scored."""
-        file = self.run_path(name) / "documents.json"
-        if not file.is_file():
+        values = self._read_extra(name, DOCUMENTS)
+        if values is None:
             return None
-        values = read_json(file)
         try:
             return Documents(
                 metric=str(values["metric"]),
@@ -173,25 +199,31 @@ class StudyDirectory:
                 samples=[SampleOutput(**sample) for sample in values["samples"]],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file}: not a test result: {error}") from None
+            raise CheckpointError(f"{self.run_path(name) / DOCUMENTS}: not a test result: {error}") from None
 
     def write_inference(self, name: str, points: list[InferencePoint]) -> None:
         """Keeps a run's inference cost."""
-        write_json(self.run_path(name) / "inference.json", [dataclasses.asdict(point) for point in points])
+        values = [dataclasses.asdict(point) for point in points]
+        RunDirectory.open(self.run_path(name)).publish({INFERENCE: to_json(values)})
 
-    def read_inference(self, name: str) -> list[InferencePoint]:
-        """A run's inference cost; empty where it was not measured."""
-        file = self.run_path(name) / "inference.json"
-        if not file.is_file():
-            return []
+    def read_inference(self, name: str) -> list[InferencePoint] | None:
+        """A run's inference cost; None where it was not measured."""
+        values = self._read_extra(name, INFERENCE)
+        if values is None:
+            return None
         try:
-            return [InferencePoint(**point) for point in read_json(file)]
+            return [InferencePoint(**point) for point in values]
         except TypeError as error:
-            raise CheckpointError(f"{file}: not an inference cost: {error}") from None
+            raise CheckpointError(f"{self.run_path(name) / INFERENCE}: not an inference cost: {error}") from None
+
+    def _read_extra(self, name: str, file: str) -> Any:
+        run = RunDirectory.open(self.run_path(name))
+        return json.loads(run.read_text(file)) if run.has(file) else None
 
     def finished(self, name: str) -> bool:
-        """Whether the run's training has ended (its summary is the last thing that training writes)."""
-        return (self.run_path(name) / "summary.json").is_file()
+        """Whether the run's training has ended (its summary is the last thing that training publishes)."""
+        run = RunDirectory(self.run_path(name))
+        return run.exists() and run.has(SUMMARY)
 
     def read(self) -> StudyRecord:
         """Everything on disk, for the report."""
@@ -205,59 +237,48 @@ class StudyDirectory:
         return StudyRecord(study, plan, runs, missing)
 
     def _read_run(self, planned: PlannedRun) -> RunRecord:
-        path = self.run_path(planned.name)
+        run = RunDirectory.open(self.run_path(planned.name))
         return RunRecord(
             planned=planned,
-            config=parse(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml")),
-            summary=read_json(path / "summary.json"),
-            metrics=read_json_lines(path / "metrics.jsonl"),
+            config=run.read_config(),
+            summary=run.read_summary(),
+            metrics=run.read_metrics(),
             documents=self.read_documents(planned.name),
-            inference=self.read_inference(planned.name),
+            inference=self.read_inference(planned.name) or [],
         )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; a mixer's mapping is one value."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and not key.endswith("mixer"):
+            result.update(flatten(value, f"{path}."))
+        else:
+            result[path] = value
+    return result
 
 
 def read_json(file: Path) -> Any:
     """Parsed JSON; `CheckpointError` names the file where it is missing or damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; is the study complete?") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
-
-
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """One object for each line. A torn last line (a killed writer) is left out; one elsewhere is an error."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise CheckpointError(f"{file}:{number}: not JSON") from None
-    return rows
+        return json.loads(files.read_file(file, _TEXT_LIMIT))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
 
 
 def write_json(file: Path, values: Any) -> None:
     """Writes JSON whole or not at all."""
-    write_text(file, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+    write_bytes(file, to_json(values))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file whole or not at all: temporary file, fsync, rename."""
+    """Writes a text file whole or not at all."""
     write_bytes(file, text.encode("utf-8"))
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: temporary file, fsync, rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    """Writes a file whole or not at all; after a crash it is the old one or the new one."""
+    files.make_folder(file.parent)
+    files.replace_file(file, data)
