@@ -8,7 +8,6 @@ Legend: B batch (rows), L length of this call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class Ragged:
             return None
         return torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
 
-    @cached_property
+    @property
     def _segment_valid(self) -> Tensor:
         assert self.segments is not None
         valid = self.segments >= 0
@@ -53,7 +52,7 @@ class Ragged:
             valid = valid & (steps < self.lengths[:, None])
         return valid
 
-    @cached_property
+    @property
     def starts(self) -> Tensor | None:
         """[B, L] True at the first token of each packed sequence but the row's first; None when not packed."""
         if self.segments is None:
@@ -62,7 +61,7 @@ class Ragged:
         starts[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
         return starts
 
-    @cached_property
+    @property
     def packed_positions(self) -> Tensor | None:
         """[B, L] position of each token within its packed sequence; None when not packed."""
         if self.starts is None:

@@ -12,7 +12,7 @@ Legend: B rows, L length, H heads, G key-value heads, D head_dim, K keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KeyValues, KVCache, RingCache
 from trilemma.nn.norms import RMSNorm
 from trilemma.nn.positions import alibi_slopes, rotate, rotation_frequencies, t5_buckets, xpos_scale
-from trilemma.ops.attention import attend, attention_mask
+from trilemma.ops.attention import ATTEND, attend, attention_mask
+from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, call_positions
 from trilemma.registry import register_mixer
 from trilemma.state import State
@@ -104,6 +105,31 @@ class Attention(Mixer):
         if self.window is not None and self.window < 1:
             raise ConfigError(f"attention: window must be at least 1, found {self.window}")
 
+    @classmethod
+    def law_variants(cls) -> list[dict[str, Any]]:
+        """Each position, head sharing, window and direction."""
+        return [
+            {"position": "rotary"},
+            {"position": "none"},
+            {"num_kv_heads": 1, "position": "rotary", "rotary_interleaved": False, "bias": False},
+            {"num_kv_heads": 2, "window": 5, "position": "rotary", "qk_norm": True},
+            {"position": "xpos", "xpos_base": 16.0, "head_dim": 6},
+            {"position": "alibi"},
+            {"position": "alibi", "window": 7},
+            {"position": "t5", "scale": 1.0},
+            {"position": "t5-shared", "num_kv_heads": 2},
+            {"window": 2},
+            {"causal": False},
+            {"causal": False, "position": "rotary", "num_kv_heads": 2},
+            {"causal": False, "position": "t5", "window": 4},
+            {"causal": False, "position": "alibi"},
+        ]
+
+    @classmethod
+    def truth_pairs(cls) -> tuple[TruthPair, ...]:
+        """Scaled dot-product attention."""
+        return (ATTEND,)
+
     def shared_inputs(self) -> Mapping[str, tuple[int, ...]]:
         """T5's bias, where the stack owns it."""
         return {"t5_bias": (_T5_BUCKETS, self.num_heads)} if self.position == "t5-shared" else {}
@@ -143,8 +169,9 @@ class Attention(Mixer):
             mixed = self._attend_call(queries, keys, values, positions, ragged, valid, shared)
             after: State | None = None
         else:
-            lengths = ragged.lengths if ragged is not None else None
-            seen, after = state.append(keys, values, lengths)
+            if ragged is not None and ragged.prefix is not None:
+                _check_prefix(ragged.prefix, ragged.lengths, length, offset)
+            seen, after = state.append(keys, values, ragged.lengths if ragged is not None else None)
             mixed = self._attend_state(queries, seen, positions, ragged, offset, shared)
         y: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, inner))
         return y, after
@@ -199,8 +226,6 @@ class Attention(Mixer):
         length, held = queries.shape[2], seen.keys.shape[2]
         keys, values = seen.keys.to(queries.dtype), seen.values.to(queries.dtype)
         prefix = ragged.prefix if ragged is not None else None
-        if prefix is not None and isinstance(offset, int) and offset > 0:
-            raise CapabilityError("a prefix lies whole within the first call; this row has already begun")
         if seen.positions is None and not self._has_bias and prefix is None:
             if length == 1:  # the newest token sees every key
                 return attend(queries, keys, values, scale=self.scale)
@@ -258,3 +283,13 @@ class Attention(Mixer):
         """2 g d_h elements a token held."""
         held = length if self.window is None else min(length, self.window)
         return 2 * self.kv_width * held * dtype.itemsize
+
+
+def _check_prefix(prefix: Tensor, lengths: Tensor | None, length: int, offset: Tensor | int) -> None:
+    """A prefix [B] lies whole within the first call of its row."""
+    if torch.compiler.is_compiling():  # reading values would break the graph
+        return
+    split = prefix > (length if lengths is None else lengths)
+    split = split | ((prefix > 0) & (offset > 0))
+    if bool(split.any()):
+        raise CapabilityError("a prefix must lie whole within the first call that its row is given")

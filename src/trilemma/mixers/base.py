@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.errors import CapabilityError, ConfigError, nearest
+from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.registry import mixer_class
 from trilemma.state import State, updated
@@ -57,6 +58,7 @@ class Mixer(nn.Module, ABC):
         capabilities: what the class can do.
         d_model: width of input and output.
         causal: the direction that this instance was built for.
+        compiles: the capability, for this instance.
     """
 
     name: ClassVar[str] = ""
@@ -71,6 +73,20 @@ class Mixer(nn.Module, ABC):
             raise CapabilityError(f'mixer "{self.name}" is causal only; in encoders wrap it: mixer "bidirectional"')
         self.d_model = d_model
         self.causal = causal
+        self.compiles: bool | str = able.compiles
+
+    @classmethod
+    def law_variants(cls) -> list[dict[str, Any]]:
+        """Options that the laws are run with, one instance each; the first is the mixer as most people build it.
+
+        "causal" may be among them. Every branch of `mix` should be reached by one of them.
+        """
+        return [{}]
+
+    @classmethod
+    def truth_pairs(cls) -> tuple[TruthPair, ...]:
+        """The operators that this mixer stands on, each with its naive reference; the law "truth" compares them."""
+        return ()
 
     @abstractmethod
     def mix(
@@ -140,6 +156,8 @@ class Mixer(nn.Module, ABC):
         if ragged is not None and ragged.prefix is not None and not self.capabilities.prefix:
             raise CapabilityError(f'mixer "{self.name}" cannot read a prefix in both directions')
         # What padding holds, NaN included, ends here; a mixer sees zeros there.
+        if x.shape[1] == 0:
+            return x, state
         x = zero_padding(x, ragged.valid(x.shape[1]) if ragged is not None else None)
         if isinstance(state, Replay):
             return state.run(self, x, ragged, shared)
@@ -174,6 +192,25 @@ class Mixer(nn.Module, ABC):
         if rewind and not self.capabilities.rewinds:
             return Replay.empty(self, rows, rewind, dtype, place)
         return self.new_state(rows, capacity, rewind, dtype, place)
+
+
+class MemoryMixer(Mixer):
+    """Base of mixers that read a memory: `capabilities.reads_memory`.
+
+    Attributes:
+        memory_width: width of the memory's positions.
+    """
+
+    memory_width: int
+
+    @abstractmethod
+    def remember(self, memory: Tensor, lengths: Tensor | None = None, state: Any = None) -> State:
+        """The State that holds a memory [sources, positions, memory_width] with `lengths` [sources] valid positions, or
+        `state` with more of it."""
+
+    @abstractmethod
+    def memory_flops(self, length: int) -> int:
+        """FLOPs of `remember` for one source of `length` positions."""
 
 
 @dataclass

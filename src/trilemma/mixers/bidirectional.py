@@ -49,7 +49,19 @@ class Bidirectional(Mixer):
         self.back = build_mixer(name, d_model, True, num_heads, **options)
         if self.ahead.capabilities.reads_memory:
             raise ConfigError(f'bidirectional: "{name}" reads a memory, it is no mixer of its own sequence')
-        self.compiles = self.ahead.capabilities.compiles
+        self.compiles = self.ahead.compiles
+
+    @classmethod
+    def law_variants(cls) -> list[dict[str, Any]]:
+        """Around each kind of causal mixer."""
+        inner: list[Any] = [
+            "retention",
+            {"name": "retention", "chunk_size": 3, "normaliser": True},
+            {"name": "attention", "window": 4, "position": "rotary"},
+            "lstm",
+            {"name": "gru", "hidden": 12},
+        ]
+        return [{"causal": False, "inner": one} for one in inner]
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trilemma.errors import ConfigError
-from trilemma.mixers.base import Capabilities, Mixer
+from trilemma.mixers.base import Capabilities, MemoryMixer
 from trilemma.nn.cache import KVCache
-from trilemma.ops.attention import attend, attention_mask
-from trilemma.ragged import Ragged
+from trilemma.ops.attention import ATTEND, attend, attention_mask
+from trilemma.ops.truth import TruthPair
+from trilemma.ragged import Ragged, zero_padding
 from trilemma.registry import register_mixer
 from trilemma.state import State
 
@@ -58,7 +60,7 @@ class Memory(State):
 
 
 @register_mixer("cross_attention")
-class CrossAttention(Mixer):
+class CrossAttention(MemoryMixer):
     """Attention over a memory.
 
     Args:
@@ -100,6 +102,16 @@ class CrossAttention(Mixer):
         for layer in (self.query, self.key_value, self.out) if bias else ():
             nn.init.zeros_(layer.bias)
 
+    @classmethod
+    def law_variants(cls) -> list[dict[str, Any]]:
+        """Head sharing, another memory width, no biases."""
+        return [{}, {"num_kv_heads": 1, "memory_width": 12}, {"num_kv_heads": 2, "bias": False, "scale": 1.0}]
+
+    @classmethod
+    def truth_pairs(cls) -> tuple[TruthPair, ...]:
+        """Scaled dot-product attention."""
+        return (ATTEND,)
+
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
     ) -> Memory:
@@ -116,6 +128,7 @@ class CrossAttention(Mixer):
             state: a State to append to, read by its sources one to one.
         """
         batch, length, _ = memory.shape
+        memory = zero_padding(memory, None if lengths is None else Ragged(lengths=lengths).valid(length))
         keys, values = self.key_value(memory).view(batch, length, 2, self.num_kv_heads, self.head_dim).unbind(2)
         if state is None:
             cache = KVCache.empty(batch, self.num_kv_heads, self.head_dim, 0, keys.dtype, keys.device)

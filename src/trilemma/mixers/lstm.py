@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ class LSTM(Mixer):
         self.kernel = nn.LSTM(d_model, self.hidden, batch_first=True)
         self.out = nn.Linear(self.hidden, d_model) if self.hidden != d_model else None
         init_kernel(self.kernel, gates=4, forget_bias=forget_bias)
+
+    @classmethod
+    def law_variants(cls) -> list[dict[str, Any]]:
+        """As wide as the model, and with an output projection."""
+        return [{}, {"hidden": 12}]
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.positions import rotate, rotation_frequencies
-from trilemma.ops.decayed_scan import decayed_scan
+from trilemma.ops.decayed_scan import DECAYED_SCAN, decayed_scan
+from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, call_positions, zero_padding
 from trilemma.registry import register_mixer
 from trilemma.state import State, updated
@@ -116,6 +117,24 @@ class Retention(Mixer):
         nn.init.xavier_uniform_(self.out.weight, gain=2**-1)
         for layer in (self.project, self.out) if bias else ():
             nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def law_variants(cls) -> list[dict[str, Any]]:
+        """Each schedule, each ablation, chunks of 1, 7, 64 and longer than any sequence of the laws."""
+        return [
+            {},
+            {"chunk_size": 7, "decay": "experiments", "group_norm": "layer", "bias": True},
+            {"chunk_size": 7, "normaliser": True},
+            {"chunk_size": 1, "normaliser": True, "group_norm": "none"},
+            {"chunk_size": 1000, "gate": False, "value_factor": 1},
+            {"chunk_size": 5, "decay": "none", "normaliser": True},
+            {"chunk_size": 3, "decay": "one", "group_norm": "none", "gate": False, "head_dim": 6},
+        ]
+
+    @classmethod
+    def truth_pairs(cls) -> tuple[TruthPair, ...]:
+        """The decayed scan."""
+        return (DECAYED_SCAN,)
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device

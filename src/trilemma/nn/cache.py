@@ -82,19 +82,19 @@ class KVCache(State):
             LengthError: more tokens than the reserved capacity.
         """
         length = keys.shape[2]
-        cache = self._grown(self.bound + length)
-        if cache.uniform and lengths is None:
-            return cache._append_uniform(keys, values)
-        steps = torch.arange(length, device=keys.device)
-        places = cache.lengths[:, None] + steps  # distinct within a row: no two writes meet
-        count = torch.full_like(cache.lengths, length) if lengths is None else lengths
-        valid = steps < count[:, None]
+        if self.uniform and lengths is None:
+            return self._grown(self.bound + length)._append_uniform(keys, values)
+        count = torch.full_like(self.lengths, length) if lengths is None else lengths
+        cache, write, end = self, _written, self.bound + length
+        if end > self.keys.shape[2]:  # padding takes no room: look at what is really needed
+            end, write = _longest(self.lengths + count), _merged
+            cache = self._grown(end)
         after = replace(
             cache,
-            keys=_written(cache.keys, keys, places, valid),
-            values=_written(cache.values, values, places, valid),
+            keys=write(cache.keys, keys, cache.lengths, count),
+            values=write(cache.values, values, cache.lengths, count),
             lengths=updated(cache.lengths, cache.lengths + count),
-            bound=cache.bound + length,
+            bound=end,
             uniform=False,
         )
         read = after._read_bound()
@@ -142,15 +142,12 @@ class KVCache(State):
         if needed <= capacity:
             return self
         if self.fixed:
-            tight = self if self.uniform else self._tightened()
-            if tight.bound + (needed - self.bound) <= capacity:
-                return tight
             raise LengthError(f"the cache was reserved for {capacity} tokens, {needed} are needed; reserve more")
         return self.reserve(max(needed, 2 * capacity, _FIRST_CAPACITY))
 
     def _tightened(self) -> KVCache:
         """The same cache with the exact bound (reads the lengths)."""
-        return replace(self, bound=int(self.lengths.max()) if len(self.lengths) else 0)
+        return replace(self, bound=_longest(self.lengths))
 
     def select(self, rows: Tensor) -> KVCache:
         """Rows of a new batch; a cache of unequal rows is tightened to the longest."""
@@ -254,10 +251,25 @@ class RingCache(State):
         return replace(self, lengths=updated(self.lengths, self.lengths - counts), taken=updated(self.taken, taken))
 
 
-def _written(old: Tensor, new: Tensor, places: Tensor, valid: Tensor) -> Tensor:
-    """`old` [B, H, K, D] with the valid rows of `new` [B, H, L, D] at `places` [B, L]."""
+def _longest(lengths: Tensor) -> int:
+    return int(lengths.max()) if len(lengths) else 0
+
+
+def _written(old: Tensor, new: Tensor, begins: Tensor, count: Tensor) -> Tensor:
+    """`old` [B, H, K, D] with the first `count` [B] of `new` [B, H, L, D] from `begins` [B] on; begins + L <= K."""
+    steps = torch.arange(new.shape[2], device=new.device)
+    places = begins[:, None] + steps  # distinct within a row: no two writes meet
+    valid = steps < count[:, None]
     index = places[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
     kept = torch.where(valid[:, None, :, None], new.to(old.dtype), old.gather(2, index))
     if torch.is_grad_enabled():
         return old.scatter(2, index, kept)
     return old.scatter_(2, index, kept)
+
+
+def _merged(old: Tensor, new: Tensor, begins: Tensor, count: Tensor) -> Tensor:
+    """As `_written` where only begins + count <= K holds; touches all of `old`."""
+    from_call = torch.arange(old.shape[2], device=old.device) - begins[:, None]  # [B, K]
+    is_new = (from_call >= 0) & (from_call < count[:, None])
+    index = from_call.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+    return updated(old, torch.where(is_new[:, None, :, None], new.to(old.dtype).gather(2, index), old))

@@ -6,10 +6,13 @@ Legend: B rows, H query heads, G key-value heads (G divides H), L queries, K key
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from trilemma.ops.truth import TruthPair, drawn_integer
 
 
 def attention_mask(
@@ -118,3 +121,30 @@ def attend_naive(
                     scores = scores + bias[b if bias.shape[0] > 1 else 0, h, i, seen]
                 out[b, h, i] = scores.softmax(dim=0) @ values[b, h // groups, seen]
     return out
+
+
+def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """Any combination that the mixers ask for: grouped heads, fewer queries than keys, masks with blind rows, biases."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    batch, groups, share = (drawn_integer(generator, 1, 2) for _ in range(3))
+    length, more, dim = drawn_integer(generator, 1, 7), drawn_integer(generator, 0, 5), drawn_integer(generator, 1, 5)
+    heads, kind = groups * share, drawn_integer(generator, 0, 3)
+    held = length if kind == 0 else length + more
+    drawn: dict[str, Any] = {
+        "queries": normal(batch, heads, length, dim),
+        "keys": normal(batch, groups, held, dim),
+        "values": normal(batch, groups, held, dim),
+        "is_causal": kind == 0,
+        "scale": 0.7 if drawn_integer(generator, 0, 1) else None,
+    }
+    if kind in (1, 3):
+        drawn["mask"] = torch.rand(batch, 1, length, held, generator=generator) < 0.6
+    if kind in (2, 3):
+        drawn["bias"] = normal(batch, heads, length, held)
+    return drawn
+
+
+ATTEND = TruthPair("attend", lambda **given: (attend(**given),), lambda **given: (attend_naive(**given),), _draw)

@@ -9,8 +9,12 @@ Legend: B rows, H heads, L length, N chunks, C chunk size, E key dimension, F va
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from trilemma.ops.truth import TruthPair, drawn_integer
 
 
 def decayed_scan_naive(
@@ -137,3 +141,36 @@ def _resets(starts: Tensor, chunks: int, size: int, rest: int) -> Tensor:
     padded = torch.nn.functional.pad(starts, (0, rest))
     counts: Tensor = padded.unflatten(1, (chunks, size)).cumsum(-1)
     return counts[:, None]
+
+
+def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """Constant or per-token decay (also none at all), any length and chunk size, with or without a carried state."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    batch, heads, width, wide = (drawn_integer(generator, 1, 3) for _ in range(4))
+    length, carried = drawn_integer(generator, 1, 40), drawn_integer(generator, 0, 1) == 1
+    constant, strength = drawn_integer(generator, 0, 1) == 1, (0.0, 0.05, 3.0)[drawn_integer(generator, 0, 2)]
+    shape = (1, heads, 1) if constant else (batch, heads, length)
+    return {
+        "q": normal(batch, heads, length, width),
+        "k": normal(batch, heads, length, width),
+        "v": normal(batch, heads, length, wide),
+        "log_decay": -strength * torch.rand(shape, generator=generator, dtype=dtype),
+        "state": normal(batch, heads, width, wide) if carried else None,
+        "chunk_size": (1, 2, 7, 64)[drawn_integer(generator, 0, 3)],
+    }
+
+
+def _naive(chunk_size: int, **given: Any) -> tuple[Tensor, ...]:
+    return decayed_scan_naive(**given)
+
+
+def _fast(**given: Any) -> tuple[Tensor, ...]:
+    out, state = decayed_scan(**given, want_state=True)
+    assert state is not None
+    return out, state
+
+
+DECAYED_SCAN = TruthPair("decayed_scan", _fast, _naive, _draw)

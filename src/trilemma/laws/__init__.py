@@ -1,0 +1,12 @@
+"""The laws: what every mixer must hold, as a public kit.
+
+    report = trilemma.laws.check(lambda: MyMixer(d_model=32))
+    print(report)
+
+One law stands above the others: splitting a sequence never changes the answer. See docs/laws.md.
+"""
+
+from trilemma.laws.report import LawResult, Report
+from trilemma.laws.trial import LAWS, check
+
+__all__ = ["LAWS", "LawResult", "Report", "check"]

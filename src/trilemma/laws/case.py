@@ -1,0 +1,208 @@
+"""One drawn situation: a mixer with random weights, random inputs, and the comparison of what two ways of running give.
+
+Legend: B rows, L length, D d_model, S memory positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trilemma.laws.report import ViolationError
+from trilemma.mixers.base import MemoryMixer, Mixer
+from trilemma.ragged import Ragged
+from trilemma.state import State
+
+# What two lawful ways of computing one value may differ by, relative to the largest value of the tensor (or 1). bfloat16
+# keeps eight bits; a norm of a head whose sum nearly cancels magnifies their rounding.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.15}
+
+# Values that padding may hold. NaN is the strictest: it survives multiplication by zero.
+GARBAGE = {"nan": math.nan, "huge": 1e4, "zero": 0.0}
+
+
+@dataclass
+class Trace:
+    """The largest error met while the laws held, as a size and as a fraction of what was allowed."""
+
+    error: float = 0.0
+    worst: float = 0.0
+    case: str = ""
+
+
+@dataclass
+class Case:
+    """Draws of one case; all of them come from `generator`, so that a seed replays it.
+
+    Attributes:
+        mixer: with random weights, of type `dtype`.
+        shared: what the stack would own.
+    """
+
+    mixer: Mixer
+    dtype: torch.dtype
+    generator: torch.Generator
+    trace: Trace
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    # Draws.
+
+    def normal(self, *shape: int, leaf: bool = False) -> Tensor:
+        """Standard normal values; a `leaf` is differentiated."""
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return drawn.requires_grad_(leaf)
+
+    def integer(self, low: int, high: int) -> int:
+        """From low to high, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def integers(self, count: int, low: int, high: int) -> Tensor:
+        """[count] numbers from low to high, both included."""
+        return torch.randint(low, high + 1, (count,), generator=self.generator)
+
+    def flip(self) -> bool:
+        """A coin."""
+        return self.integer(0, 1) == 1
+
+    def pick(self, choices: Sequence[int]) -> int:
+        """One of the numbers."""
+        return choices[self.integer(0, len(choices) - 1)]
+
+    def permutation(self, count: int) -> Tensor:
+        """[count]."""
+        return torch.randperm(count, generator=self.generator)
+
+    def spoiled(self, x: Tensor, valid: Tensor) -> Tensor:
+        """x [B, L, ...] with what padding may hold where `valid` [B, L] is False."""
+        garbage = list(GARBAGE.values())[self.integer(0, len(GARBAGE) - 1)]
+        return torch.where(valid[..., None], x, torch.full_like(x, garbage))
+
+    def describe(self, **drawn: object) -> None:
+        """Remembers what was drawn, for the report of a failure."""
+        words = [f"{name}={_plain(value)}" for name, value in drawn.items()]
+        self.trace.case = ", ".join([str(self.dtype).removeprefix("torch."), *words])
+
+    # Running.
+
+    def memory(self, rows: int, leaf: bool = False) -> tuple[Tensor, Tensor] | None:
+        """What a mixer that reads a memory would read: values [B, S, width] and lengths [B]; None for others."""
+        if not isinstance(self.mixer, MemoryMixer):
+            return None
+        positions = self.integer(1, 9)
+        lengths = self.integers(rows, 1, positions)
+        return self.normal(rows, positions, self.mixer.memory_width, leaf=leaf), lengths
+
+    def begin(
+        self, rows: int, memory: tuple[Tensor, Tensor] | None, capacity: int | None = None, rewind: int = 0
+    ) -> State:
+        """The State before the first token."""
+        if isinstance(self.mixer, MemoryMixer):
+            assert memory is not None
+            values, lengths = memory
+            valid = torch.arange(values.shape[1]) < lengths[:, None]
+            return self.mixer.remember(self.spoiled(values, valid), lengths)
+        return self.mixer.init_state(rows, capacity=capacity, rewind=rewind)
+
+    def run(self, x: Tensor, state: State | None = None, ragged: Ragged | None = None) -> tuple[Tensor, State | None]:
+        """The mixer on one call."""
+        y, after = self.mixer(x, state, ragged, self.shared or None)
+        if y.shape != x.shape:
+            raise ViolationError(f"y has x's shape {tuple(x.shape)}; found {tuple(y.shape)}")
+        if y.dtype != x.dtype:
+            raise ViolationError(f"y has x's type {x.dtype}; found {y.dtype}")
+        if (after is None) != (state is None):
+            raise ViolationError("a State comes back exactly when one was given")
+        return y, after
+
+    def step(self, x: Tensor, state: State, ragged: Ragged | None = None) -> tuple[Tensor, State]:
+        """The mixer on one call with a State."""
+        y, after = self.run(x, state, ragged)
+        assert after is not None
+        return y, after
+
+    def whole(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        prefix: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """y of whole sequences in one call; padding is spoiled."""
+        state = self.begin(len(x), memory) if memory is not None else None
+        if lengths is None and prefix is None and segments is None:
+            return self.run(x, state)[0]
+        ragged = Ragged(lengths=lengths, prefix=prefix, segments=segments)
+        valid = ragged.valid(x.shape[1])
+        return self.run(x if valid is None else self.spoiled(x, valid), state, ragged)[0]
+
+    # Comparing.
+
+    def close(self, got: Tensor, want: Tensor, tensor: str, claim: str, valid: Tensor | None = None) -> None:
+        """Both [B, L, ...] agree within the type's tolerance where `valid` [B, L]; else a violation."""
+        if got.shape != want.shape:
+            raise ViolationError(f"{claim}: shape {tuple(got.shape)}, expected {tuple(want.shape)}", tensor)
+        if valid is not None:
+            got, want = got.masked_fill(~valid[..., None], 0), want.masked_fill(~valid[..., None], 0)
+        got, want = got.detach().double(), want.detach().double()
+        scale = max(1.0, float(want.abs().nan_to_num(0.0).max())) if want.numel() else 1.0
+        errors = ((got - want).abs() / scale).nan_to_num(math.inf, math.inf, math.inf)
+        error = float(errors.max()) if errors.numel() else 0.0
+        tolerance = TOLERANCE[self.dtype]
+        if error > tolerance:
+            row, token = None, None
+            if errors.ndim >= 2:
+                wrong = (errors.flatten(2).amax(2) if errors.ndim > 2 else errors) > tolerance
+                token = int(wrong.any(0).nonzero()[0])
+                row = int(wrong[:, token].nonzero()[0])
+            raise ViolationError(claim, tensor, token, row, error, tolerance)
+        if error / tolerance > self.trace.worst:
+            self.trace.error, self.trace.worst = error, error / tolerance
+
+    def same_bits(self, got: Tensor, want: Tensor, tensor: str, claim: str) -> None:
+        """Equal to the last bit (a zero's sign aside)."""
+        if got.shape != want.shape or not torch.equal(got, want):
+            error = None
+            if got.shape == want.shape:
+                error = float((got.double() - want.double()).abs().nan_to_num(math.inf).max())
+            raise ViolationError(claim, tensor, error=error, tolerance=0.0)
+
+    def finite(self, value: Tensor, tensor: str, claim: str) -> None:
+        """No NaN, no infinity."""
+        if not bool(value.isfinite().all()):
+            token = None
+            if value.ndim == 3:
+                token = int((~value.isfinite()).any(2).any(0).nonzero()[0])
+            raise ViolationError(claim, tensor, token, error=math.inf)
+
+    def gradients(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of `leaves`, the mixer's parameters and what the stack owns; zeros where nothing flows."""
+        named = {**leaves, **{f"parameter {k}": p for k, p in self.mixer.named_parameters()}}
+        named |= {f"shared {name}": value for name, value in self.shared.items()}
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(named.items(), found, strict=True)
+        }
+
+    def same_gradients(self, got: Mapping[str, Tensor], want: Mapping[str, Tensor], claim: str) -> None:
+        """Each gradient of `want` is found in `got`, within tolerance."""
+        for name, value in want.items():
+            per_token = value.ndim == 3 and not name.startswith(("parameter", "shared"))
+            first, second = got[name], value
+            if not per_token:
+                first, second = first.reshape(-1), second.reshape(-1)
+            self.close(first, second, f"gradient of {name}", claim)
+
+
+def leaves_of(x: Tensor, memory: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """The inputs whose gradients are compared."""
+    return {"x": x} if memory is None else {"x": x, "memory": memory[0]}
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor) else value

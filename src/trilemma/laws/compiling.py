@@ -1,0 +1,95 @@
+"""Law 7, compile: the same answers under torch.compile, without a graph break, or a declared reason."""
+
+from __future__ import annotations
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from trilemma.laws.calls import valid_tokens
+from trilemma.laws.case import Case
+from trilemma.laws.report import NotApplicableError, ViolationError
+from trilemma.laws.subject import Subject
+from trilemma.mixers.base import MemoryMixer
+from trilemma.ragged import Ragged
+from trilemma.state import State
+
+_STEPS = 6
+
+
+def compiling(subject: Subject) -> None:
+    """Whole calls with and without padding, and steps in place, as one graph each.
+
+    Level quick traces with the backend `aot_eager`; level full compiles with inductor.
+    """
+    declared = subject.example.compiles
+    if declared is not True:
+        raise NotApplicableError(f"declared: {declared or 'not compiled'}")
+    if not (subject.slow or subject.full):
+        raise NotApplicableError("level quick compiles the first variant and one that the seed picks")
+    backend = "inductor" if subject.full else "aot_eager"
+    for case in subject.cases("compile", torch.float32, 1, 1):
+        torch._dynamo.reset()
+        try:
+            _whole(case, backend)
+            if subject.carries_state:
+                _steps(case, backend)
+        except TorchDynamoException as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ViolationError(f"compiles without a graph break: {' '.join(lines[:2])[:300]}") from None
+        finally:
+            torch._dynamo.reset()
+
+
+def _whole(case: Case, backend: str) -> None:
+    """Forward and backward of whole sequences."""
+    mixer = case.mixer
+    rows, length = 2, 11
+    compiled = torch.compile(mixer, fullgraph=True, backend=backend)
+    memory = case.memory(rows)
+    x = case.normal(rows, length, mixer.d_model, leaf=True)
+    weights = case.normal(rows, length, mixer.d_model)
+    everywhere = torch.full((rows,), length)
+    calls: list[tuple[Tensor, Ragged | None]] = [(everywhere, None)]
+    calls.append((torch.tensor([length, 4]), Ragged(lengths=torch.tensor([length, 4]))))
+    if not isinstance(mixer, MemoryMixer):
+        segments = (torch.arange(length) >= 4).long().expand(rows, -1).contiguous()
+        calls.append((everywhere, Ragged(segments=segments)))
+    for lengths, ragged in calls:
+        case.describe(backend=backend, lengths=lengths, packed=ragged is not None and ragged.is_packed)
+        valid = valid_tokens(lengths, length)
+        state = case.begin(rows, memory) if isinstance(mixer, MemoryMixer) else None
+        want, _ = case.run(x, state, ragged)
+        state = case.begin(rows, memory) if isinstance(mixer, MemoryMixer) else None
+        got, _ = compiled(x, state, ragged, case.shared or None)
+        case.close(got, want, "y", "a compiled call gives the plain call's outputs", valid)
+        masked = weights * valid[..., None]
+        wanted = case.gradients((want * masked).sum(), {"x": x})
+        case.same_gradients(
+            case.gradients((got * masked).sum(), {"x": x}), wanted, "compiled gradients are the plain ones"
+        )
+
+
+def _steps(case: Case, backend: str) -> None:
+    """Steps at growing context: the same outputs, and few graphs."""
+    mixer, rows = case.mixer, 2
+    compiled = torch.compile(mixer, fullgraph=True, backend=backend)
+    x = case.normal(rows, _STEPS + 3, mixer.d_model)
+    case.describe(backend=backend, steps=_STEPS)
+    memory = case.memory(rows)
+    with torch.no_grad():
+        state = case.begin(rows, memory, capacity=128)
+        _, state = case.step(x[:, :3], state)
+        plain: State = state.clone()
+        torch._dynamo.utils.counters.clear()
+        for number in range(3, _STEPS + 3):
+            token = x[:, number : number + 1]
+            want, plain = case.step(token, plain)
+            got, after = compiled(token, state, None, case.shared or None)
+            assert after is not None
+            state = after
+            case.close(got, want, "y", "compiled steps give the plain steps' outputs")
+        graphs = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        if graphs > 3:
+            raise ViolationError(f"{_STEPS} steps of one shape make few graphs; found {graphs}", error=float(graphs))

@@ -1,0 +1,103 @@
+"""Runs the laws over a mixer and writes down what they found."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trilemma.errors import ConfigError, nearest
+from trilemma.laws.causality import causality
+from trilemma.laws.compiling import compiling
+from trilemma.laws.cost import cost
+from trilemma.laws.raggedness import raggedness
+from trilemma.laws.report import FAIL, NOT_APPLICABLE, PASS, LawResult, NotApplicableError, Report, ViolationError
+from trilemma.laws.split import split
+from trilemma.laws.states import states
+from trilemma.laws.subject import Subject
+from trilemma.laws.training import training
+from trilemma.laws.truth import truth
+from trilemma.mixers.base import Mixer
+
+LAWS: dict[str, Callable[[Subject], None]] = {
+    "split": split,
+    "causality": causality,
+    "raggedness": raggedness,
+    "state": states,
+    "cost": cost,
+    "training": training,
+    "compile": compiling,
+    "truth": truth,
+}
+
+
+def check(
+    factory: Callable[[], Mixer],
+    *,
+    laws: Iterable[str] | None = None,
+    level: str = "quick",
+    seed: int | None = None,
+    subject: str | None = None,
+    command: str | None = None,
+    slow: bool = True,
+) -> Report:
+    """Holds a mixer to the laws.
+
+    Args:
+        factory: builds a fresh mixer, float32, d_model of 32 or so (the laws randomise its weights); called often.
+        laws: names out of `LAWS`; None: all.
+        level: quick (about ten seconds for the mixers here) or full (a minute).
+        seed: of all draws; None: a random one, which the report names.
+        subject: what the report calls the mixer; None: its class's name.
+        command: a command that runs this check with `--law ... --seed ...` appended; None: this function's call.
+        slow: at level quick too, compile and run long sequences.
+
+    Returns:
+        The report; a failure names law, first token and tensor, the size of the error, and how to see it again.
+
+    Raises:
+        ConfigError: unknown law or level, or the factory gives no mixer.
+    """
+    chosen = list(LAWS if laws is None else laws)
+    for name in chosen:
+        if name not in LAWS:
+            raise ConfigError(f'unknown law "{name}"{nearest(name, LAWS)}')
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    results = []
+    trial = Subject(factory, seed, level, slow)
+    subject = subject or type(trial.example).__qualname__
+    for name in chosen:
+        if command is None:
+            again = f'trilemma.laws.check(factory, laws=["{name}"], seed={seed}, level="{level}")'
+        else:
+            again = f"{command} --law {name} --seed {seed} --level {level}"
+        results.append(_try(name, Subject(factory, seed, level, slow), again))
+    return Report(subject, seed, level, tuple(results))
+
+
+def _try(name: str, subject: Subject, again: str) -> LawResult:
+    begin = time.perf_counter()
+    found: dict[str, Any]
+    try:
+        LAWS[name](subject)
+        found = {"outcome": PASS, "error": subject.trace.error, "worst": subject.trace.worst}
+    except NotApplicableError as why:
+        found = {"outcome": NOT_APPLICABLE, "reason": str(why)}
+    except ViolationError as broken:
+        found = {
+            "outcome": FAIL,
+            "reason": broken.text(),
+            "error": broken.error,
+            "tensor": broken.tensor,
+            "token": broken.token,
+            "row": broken.row,
+            "case": subject.trace.case,
+            "reproduce": again,
+        }
+    except Exception as error:  # the mixer under trial raised: that is a finding, not our crash
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        found = {"outcome": FAIL, "reason": reason, "case": subject.trace.case, "reproduce": again}
+    return LawResult(law=name, seconds=time.perf_counter() - begin, **found)
