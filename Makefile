@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 
-.PHONY: demo install install-dev test fast lint types layers laws build clean
+.PHONY: demo install install-dev test fast lint types layers laws peers build clean
 .DEFAULT_GOAL := test
 
 # --- install: a stamp per level, so that a second `make` starts at once --------------------------------------------------------
@@ -60,6 +60,9 @@ fast: install-dev
 laws: install-dev
 	TRILEMMA_LAWS=full $(BIN)/python -m pytest -n $(WORKERS) -m laws
 	$(BIN)/trilemma verify --all
+
+peers: install
+	$(PIP) install --no-deps -c constraints.txt -r benchmarks/peers.txt
 
 build: install-dev
 	$(PIP) wheel --no-deps -w dist .

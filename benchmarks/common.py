@@ -1,0 +1,124 @@
+"""What the benchmarks share: whole processes run in turns, ratios of neighbours, results that can be repeated.
+
+A worker is a process that prints one JSON object as its last line. Two systems are never compared through numbers of
+different hours: they run in turns (ours, peer, ours, peer, ...), each pair gives one ratio, and the median of the pairs
+counts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trilemma import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the text holds the end of what it printed."""
+
+
+def run_worker(command: Sequence[str], timeout: float = 1800.0) -> dict[str, Any]:
+    """Runs one whole process and returns the JSON object on its last line.
+
+    Raises:
+        WorkerError: it ended with an error, took longer than `timeout` seconds, or printed no JSON.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise WorkerError(f"{shlex.join(command)}: longer than {timeout:.0f} s") from None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        raise WorkerError(f"{shlex.join(command)}: exit code {done.returncode}\n{(done.stderr or done.stdout)[-2000:]}")
+    try:
+        result = json.loads(lines[-1])
+    except ValueError:
+        raise WorkerError(f"{shlex.join(command)}: the last line is no JSON: {lines[-1][:200]}") from None
+    assert isinstance(result, dict)
+    return result
+
+
+def duel(ours: Sequence[str], peer: Sequence[str], field: str, rounds: int = 5) -> dict[str, Any]:
+    """Ours and peer in turns.
+
+    Args:
+        ours, peer: commands of the two workers.
+        field: the number in a worker's result that is compared; lower is better (a time).
+        rounds: pairs of processes.
+
+    Returns:
+        speedup (median over the pairs of peer / ours: above 1, ours is faster), speedups, the medians of both, and all
+        results.
+    """
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for at in range(rounds):
+        pair = run_worker(ours), run_worker(peer)
+        pairs.append(pair)
+        own, other = (f"{result[field]:.4g}" for result in pair)
+        say(f"  round {at + 1}/{rounds}: {field} ours {own}, peer {other}, {_ratio(pair, field):.3f}x")
+    speedups = [_ratio(pair, field) for pair in pairs]
+    return {
+        "speedup": statistics.median(speedups),
+        "speedups": speedups,
+        "ours_median": statistics.median(pair[0][field] for pair in pairs),
+        "peer_median": statistics.median(pair[1][field] for pair in pairs),
+        "field": field,
+        "ours": [pair[0] for pair in pairs],
+        "peer": [pair[1] for pair in pairs],
+    }
+
+
+def _ratio(pair: tuple[dict[str, Any], dict[str, Any]], field: str) -> float:
+    return float(pair[1][field]) / float(pair[0][field])
+
+
+def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Hardware, versions, commit, command and date; stands in every stored result."""
+    device, _ = machine.choose_device("auto")
+    return {
+        "environment": machine.environment(device),
+        "ceilings": vars(machine.ceilings(device)),
+        "packages": {name: installed_version(name) for name in packages},
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "variables": {
+            name: os.environ[name] for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") if name in os.environ
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def installed_version(name: str) -> str | None:
+    """Version of an installed distribution; None if it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def store(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `folder`/`name`.json whole and returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+    say(f"stored in {file}")
+    return file
+
+
+def say(message: str) -> None:
+    """Progress, to stderr."""
+    print(message, file=sys.stderr, flush=True)
