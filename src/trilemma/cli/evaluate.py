@@ -50,8 +50,9 @@ def command(
     evaluation = predictor.evaluate(files, cast('Literal["valid", "test"]', split), metrics=wanted, **settings)
     for note in evaluation.notes:
         say(f"note: {note}")
+    show = say if json else print  # with --json, stdout holds one line
     for score in evaluation.scores:
-        print(f"{evaluation.split}\t{score}", flush=True)
+        show(f"{evaluation.split}\t{score}")
     if not files:
         _keep(predictor, evaluation)
     if json:

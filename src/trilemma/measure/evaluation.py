@@ -20,6 +20,9 @@ from trilemma.measure.forced import forced_nats
 from trilemma.measure.quality import Array, Score
 from trilemma.models import SequenceModel
 
+# Padded tokens of one batch of forced decoding; results do not depend on it.
+LIKELIHOOD_BATCH_TOKENS = 8192
+
 OUTPUT_METRICS = ("bleu", "chrf", "exact_match")
 LIKELIHOOD_METRICS = ("loss", "perplexity", "bits_per_byte")
 METRICS: dict[str, tuple[str, ...]] = {
@@ -162,7 +165,9 @@ def score_texts(
         contexts = [prompts.context(ids) for ids in source_ids]
         _check_positions(config, contexts, target_ids, split)
         ended = [[*ids, tokenizer.eos] for ids in target_ids]
-        nats = forced_nats(model, contexts, ended, pad=tokenizer.pad, device=device)
+        nats = forced_nats(
+            model, contexts, ended, pad=tokenizer.pad, device=device, batch_tokens=LIKELIHOOD_BATCH_TOKENS
+        )
         sizes = np.array([len(text.encode()) for text in targets])
         scores += _likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted)
     return Evaluation(split, scores, list(sources), list(targets), hypotheses, notes)
@@ -244,7 +249,7 @@ def _score_documents(
             contexts.append(Request([unit[start]], 1))
             shares.append(size * len(targets[-1]) / (len(unit) - 1))
     _check_positions(prompts.config, contexts, [target[:-1] for target in targets], split)
-    nats = forced_nats(model, contexts, targets, pad=tokenizer.pad, device=device)
+    nats = forced_nats(model, contexts, targets, pad=tokenizer.pad, device=device, batch_tokens=LIKELIHOOD_BATCH_TOKENS)
     return _likelihood_scores(nats, np.array([len(target) for target in targets]), np.array(shares), wanted)
 
 
