@@ -31,10 +31,11 @@ Payload = Chunk | Iterable[Chunk]
 
 
 class Disk:
-    """The primitive calls. File descriptors are plain integers; links are never followed."""
+    """The primitive calls. File descriptors are plain integers; links to files are never followed."""
 
     def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        follow = 0 if flags & os.O_DIRECTORY else os.O_NOFOLLOW
+        return os.open(path, flags | follow | os.O_CLOEXEC, 0o666)
 
     def read(self, fd: int, size: int) -> bytes:
         return os.read(fd, size)
@@ -66,8 +67,8 @@ class Disk:
     def names(self, path: Path) -> list[str]:
         return sorted(os.listdir(path))
 
-    def status(self, path: Path) -> os.stat_result:
-        return os.stat(path, follow_symlinks=False)
+    def status(self, path: Path, follow: bool = False) -> os.stat_result:
+        return os.stat(path, follow_symlinks=follow)
 
     def lock(self, fd: int) -> None:
         """Raises BlockingIOError while another process holds it; the kernel drops it when the holder ends."""
@@ -111,7 +112,7 @@ def write_file(path: Path, payload: Payload) -> Digest:
         fd = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             try:
-                digest = _write_all(fd, payload)
+                digest = write_all(fd, payload)
                 disk.sync(fd)
             finally:
                 disk.close(fd)
@@ -122,7 +123,8 @@ def write_file(path: Path, payload: Payload) -> Digest:
     return digest
 
 
-def _write_all(fd: int, payload: Payload) -> Digest:
+def write_all(fd: int, payload: Payload) -> Digest:
+    """Writes every byte to an open file, however little a single call takes."""
     sha, size = hashlib.sha256(), 0
     for chunk in [payload] if isinstance(payload, (bytes, memoryview)) else payload:
         view = memoryview(chunk).cast("B")
@@ -168,7 +170,7 @@ def append(path: Path, data: bytes, sync: bool = False) -> None:
         fd = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             if data:
-                _write_all(fd, data)
+                write_all(fd, data)
             if sync:
                 disk.sync(fd)
         finally:
@@ -227,12 +229,13 @@ def file_size(path: Path) -> int | None:
     return status.st_size
 
 
-def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder (of the run's own: no link)."""
-    try:
-        return stat.S_ISDIR(disk.status(path).st_mode)
-    except OSError:
-        return False
+def is_folder(path: Path, follow: bool = False) -> bool:
+    """Whether `path` is a folder; a link to one counts with `follow` only."""
+    with explained(path, "read"):
+        try:
+            return stat.S_ISDIR(disk.status(path, follow).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
 
 def names(path: Path) -> list[str]:
@@ -247,17 +250,14 @@ def names(path: Path) -> list[str]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents, each made durable; an existing one is fine."""
+    """Makes a folder and its parents, each made durable; an existing one (or a link to one) is fine."""
     missing = []
-    while not path.exists():
+    while not is_folder(path, follow=True):
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
         with explained(folder, "made"):
-            try:
-                disk.make_folder(folder)
-            except FileExistsError:
-                continue
+            disk.make_folder(folder)
         sync_folder(folder.parent)
 
 

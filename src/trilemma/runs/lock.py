@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from trilemma.errors import CheckpointError, RunInUseError
+from trilemma.errors import RunInUseError
 from trilemma.runs import files
 
 NAME = ".lock"
@@ -38,7 +38,7 @@ class RunLock:
             RunInUseError: another process holds it; its pid and host are named.
         """
         with files.explained(self.path, "locked"):
-            fd = files.disk.open(self.path, os.O_RDWR | os.O_CREAT)
+            fd = files.disk.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 self._take(fd)
             except BaseException:
@@ -50,11 +50,11 @@ class RunLock:
         """Gives the lock back; harmless if it is not held."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            try:
-                with files.explained(self.path, "released"):
+            with files.explained(self.path, "released"):
+                try:
                     files.disk.truncate(fd, 0)
-            finally:
-                files.disk.close(fd)
+                finally:
+                    files.disk.close(fd)
 
     def _take(self, fd: int) -> None:
         folder, here = self.path.parent, socket.gethostname()
@@ -69,9 +69,7 @@ class RunLock:
                 f"{folder}: in use by process {pid} on {host}; if that process is gone, remove {self.path}"
             )
         files.disk.truncate(fd, 0)
-        text = json.dumps({"pid": os.getpid(), "host": here}).encode()
-        if files.disk.write(fd, text) != len(text):
-            raise CheckpointError(f"{self.path}: cannot be written")
+        files.write_all(fd, json.dumps({"pid": os.getpid(), "host": here}).encode())
 
 
 def _holder(text: bytes) -> tuple[str, str]:
