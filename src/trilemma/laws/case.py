@@ -17,8 +17,8 @@ from trilemma.mixers.base import MemoryMixer, Mixer
 from trilemma.ragged import Ragged
 from trilemma.state import State
 
-# What two lawful ways of computing one value may differ by, relative to the largest value of the tensor (or 1). bfloat16
-# keeps eight bits; a norm of a head whose sum nearly cancels magnifies their rounding.
+# What two lawful ways of computing one value may differ by, relative to the largest value of the tensor (or 1).
+# bfloat16 keeps eight bits; a norm of a head whose sum nearly cancels magnifies their rounding.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.15}
 
 # Values that padding may hold. NaN is the strictest: it survives multiplication by zero.
@@ -53,16 +53,17 @@ class Case:
 
     def normal(self, *shape: int, leaf: bool = False) -> Tensor:
         """Standard normal values; a `leaf` is differentiated."""
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-        return drawn.requires_grad_(leaf)
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        return drawn.to(torch.get_default_device(), self.dtype).requires_grad_(leaf)
 
     def integer(self, low: int, high: int) -> int:
         """From low to high, both included."""
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+        return int(torch.randint(low, high + 1, (), generator=self.generator, device="cpu"))
 
     def integers(self, count: int, low: int, high: int) -> Tensor:
         """[count] numbers from low to high, both included."""
-        return torch.randint(low, high + 1, (count,), generator=self.generator)
+        drawn = torch.randint(low, high + 1, (count,), generator=self.generator, device="cpu")
+        return drawn.to(torch.get_default_device())
 
     def flip(self) -> bool:
         """A coin."""
@@ -74,7 +75,13 @@ class Case:
 
     def permutation(self, count: int) -> Tensor:
         """[count]."""
-        return torch.randperm(count, generator=self.generator)
+        drawn = torch.randperm(count, generator=self.generator, device="cpu")
+        return drawn.to(torch.get_default_device())
+
+    def share(self, of: Tensor) -> Tensor:
+        """[B] a number from 0 to of[b], both included."""
+        drawn = torch.rand(len(of), generator=self.generator, device="cpu").to(of.device)
+        return (drawn * (of + 1)).long()
 
     def spoiled(self, x: Tensor, valid: Tensor) -> Tensor:
         """x [B, L, ...] with what padding may hold where `valid` [B, L] is False."""

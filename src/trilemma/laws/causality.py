@@ -11,7 +11,7 @@ from trilemma.laws.subject import Subject
 
 
 def causality(subject: Subject) -> None:
-    """Another future leaves past outputs and gradients alone; both directions, prefixes and the past are really read."""
+    """Another future leaves past outputs and gradients alone; past, prefix and both directions are really read."""
     for case in subject.cases("causality", torch.float64, 4, 20):
         if subject.reads_memory:
             _queries_are_independent(case)

@@ -21,20 +21,20 @@ _STEPS = 6
 def compiling(subject: Subject) -> None:
     """Whole calls with and without padding, and steps in place, as one graph each.
 
-    Level quick traces with the backend `aot_eager`; level full compiles with inductor.
+    Level quick traces whole calls (dynamo alone) and steps (`aot_eager`, which also checks the writes in place); level
+    full compiles both with inductor.
     """
     declared = subject.example.compiles
     if declared is not True:
         raise NotApplicableError(f"declared: {declared or 'not compiled'}")
     if not (subject.slow or subject.full):
         raise NotApplicableError("level quick compiles the first variant and one that the seed picks")
-    backend = "inductor" if subject.full else "aot_eager"
     for case in subject.cases("compile", torch.float32, 1, 1):
         torch._dynamo.reset()
         try:
-            _whole(case, backend)
+            _whole(case, "inductor" if subject.full else "eager")
             if subject.carries_state:
-                _steps(case, backend)
+                _steps(case, "inductor" if subject.full else "aot_eager")
         except TorchDynamoException as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ViolationError(f"compiles without a graph break: {' '.join(lines[:2])[:300]}") from None

@@ -96,7 +96,8 @@ def count_flops(action: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False)
     with counter, _AttentionByPairs(counter) as attention:
         action()
-    return int(counter.get_total_flops()) + attention.correction
+    total: int = counter.get_total_flops() + attention.correction
+    return total
 
 
 class _AttentionByPairs(TorchFunctionMode):

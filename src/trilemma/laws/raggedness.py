@@ -29,7 +29,9 @@ def raggedness(subject: Subject) -> None:
             _waiting_rows(case)
 
 
-def _alone(case: Case, x: Tensor, length: int, memory: tuple[Tensor, Tensor] | None, row: int, prefix: Tensor | None):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _alone(
+    case: Case, x: Tensor, length: int, memory: tuple[Tensor, Tensor] | None, row: int, prefix: Tensor | None
+) -> Tensor:
     """y [1, length, D] of one row without padding; its memory without padding too."""
     if length == 0:
         return x[row : row + 1, :0]

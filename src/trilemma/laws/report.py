@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trilemma.errors import LawError
@@ -92,7 +92,6 @@ class Report:
     seed: int
     level: str
     results: tuple[LawResult, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

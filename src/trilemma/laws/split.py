@@ -39,7 +39,7 @@ def _one(case: Case) -> None:
     total = lengths + onward
     prefix = None
     if subject_reads_prefix(case) and case.flip():
-        prefix = (torch.rand(rows, generator=case.generator) * (plan[0] + 1)).long()
+        prefix = case.share(plan[0])
     rewind = case.pick((0, 0, 3))
     capacity = None if case.flip() else int(total.max())
     case.describe(lengths=total, calls=plan, prefix=prefix, rewind=rewind, capacity=capacity)
@@ -70,4 +70,4 @@ def with_prefix(case: Case, lengths: Tensor) -> Tensor | None:
     """[B] a prefix within each row, or None for mixers that have none."""
     if not subject_reads_prefix(case) or case.flip():
         return None
-    return (torch.rand(len(lengths), generator=case.generator) * (lengths + 1)).long()
+    return case.share(lengths)

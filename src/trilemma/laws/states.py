@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def _refusals(case: Case) -> None:
         _refused(lambda: case.step(x, case.begin(1, None), short), "a prefix longer than the first call is refused")
 
 
-def _refused(action, claim: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _refused(action: Callable[[], object], claim: str) -> None:
     try:
         action()
     except CapabilityError:

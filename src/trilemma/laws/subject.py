@@ -35,7 +35,7 @@ class Subject:
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ConfigError(f'unknown level "{self.level}" of the laws; valid: {", ".join(LEVELS)}')
-        self.example = self.build(torch.float32, torch.Generator().manual_seed(self.seed))
+        self.example = self.build(torch.float32, torch.Generator("cpu").manual_seed(self.seed))
 
     @property
     def full(self) -> bool:
@@ -55,20 +55,21 @@ class Subject:
     def build(self, dtype: torch.dtype, generator: torch.Generator) -> Mixer:
         """A mixer with random weights everywhere: freshly initialised zeros would hide what multiplies them."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device="cpu")))
             mixer = self.factory()
         if not isinstance(mixer, Mixer):
             raise ConfigError(f"the laws need a factory of a Mixer; this one gave a {type(mixer).__name__}")
         with torch.no_grad():
             for parameter in mixer.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
-        return mixer.to(dtype)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter.add_(0.2 * noise.to(parameter))
+        return mixer.to(torch.get_default_device(), dtype)
 
     def cases(self, law: str, dtype: torch.dtype = torch.float64, quick: int = 3, full: int = 15) -> Iterator[Case]:
         """Independent cases; the first ones are the same at both levels."""
         for number in range(full if self.full else quick):
             key = f"{self.seed}/{law}/{dtype}/{number}".encode()
-            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:6], "big"))
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:6], "big"))
             mixer = self.build(dtype, generator)
             case = Case(mixer, dtype, generator, self.trace)
             case.shared = {name: case.normal(*shape, leaf=True) for name, shape in mixer.shared_inputs().items()}

@@ -7,16 +7,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from trilemma.laws.calls import valid_tokens
 from trilemma.laws.case import Case
 from trilemma.laws.report import ViolationError
 from trilemma.laws.subject import Subject
 from trilemma.ragged import Ragged
+
+_fresh: Any = torch.utils.deterministic
 
 
 def training(subject: Subject) -> None:
@@ -44,8 +48,8 @@ def _gradcheck(case: Case) -> None:
         y = case.whole(x, lengths, memory)[valid]
         if not carried:
             return y
-        first, state = case.step(x, case.begin(rows, memory), Ragged(lengths=lengths))
-        second, _ = case.step(x, state)
+        first, carried_on = case.step(x, case.begin(rows, memory), Ragged(lengths=lengths))
+        second = case.step(x, carried_on)[0]
         return torch.cat([y, first[valid], second.flatten(0, 1)])
 
     generator_state = case.generator.get_state()
@@ -55,8 +59,8 @@ def _gradcheck(case: Case) -> None:
         return outputs(*given)
 
     try:
-        torch.autograd.gradcheck(replayed, inputs, fast_mode=True, eps=1e-6, atol=1e-5, rtol=1e-4)
-    except torch.autograd.gradcheck.GradcheckError as error:
+        gradcheck(replayed, inputs, fast_mode=True, eps=1e-6, atol=1e-5, rtol=1e-4)
+    except GradcheckError as error:
         first = str(error).strip().splitlines()[0]
         raise ViolationError(f"gradients agree with finite differences: {first}", "gradients") from None
 
@@ -67,17 +71,17 @@ def poisoned_memory() -> Iterator[None]:
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        _fresh.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    _fresh.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        _fresh.fill_uninitialized_memory = before[2]
 
 
 def _poison(case: Case) -> None:

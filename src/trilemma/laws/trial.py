@@ -6,7 +6,10 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
 
 from trilemma.errors import ConfigError, nearest
 from trilemma.laws.causality import causality
@@ -42,6 +45,7 @@ def check(
     subject: str | None = None,
     command: str | None = None,
     slow: bool = True,
+    device: str = "cpu",
 ) -> Report:
     """Holds a mixer to the laws.
 
@@ -53,6 +57,7 @@ def check(
         subject: what the report calls the mixer; None: its class's name.
         command: a command that runs this check with `--law ... --seed ...` appended; None: this function's call.
         slow: at level quick too, compile and run long sequences.
+        device: where the mixer runs.
 
     Returns:
         The report; a failure names law, first token and tensor, the size of the error, and how to see it again.
@@ -66,15 +71,21 @@ def check(
             raise ConfigError(f'unknown law "{name}"{nearest(name, LAWS)}')
     seed = secrets.randbelow(2**31) if seed is None else seed
     results = []
-    trial = Subject(factory, seed, level, slow)
-    subject = subject or type(trial.example).__qualname__
+    with _placed(device):
+        subject = subject or type(Subject(factory, seed, level, slow).example).__qualname__
     for name in chosen:
         if command is None:
             again = f'trilemma.laws.check(factory, laws=["{name}"], seed={seed}, level="{level}")'
         else:
             again = f"{command} --law {name} --seed {seed} --level {level}"
-        results.append(_try(name, Subject(factory, seed, level, slow), again))
+        with _placed(device):
+            results.append(_try(name, Subject(factory, seed, level, slow), again))
     return Report(subject, seed, level, tuple(results))
+
+
+def _placed(device: str) -> AbstractContextManager[object]:
+    """New tensors live on `device`; nothing at all for the CPU, since torch's context keeps the compiler out."""
+    return nullcontext() if device == "cpu" else torch.device(device)
 
 
 def _try(name: str, subject: Subject, again: str) -> LawResult:

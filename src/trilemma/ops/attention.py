@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trilemma.ops.truth import TruthPair, drawn_integer
+from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
 
 def attention_mask(
@@ -124,10 +124,10 @@ def attend_naive(
 
 
 def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    """Any combination that the mixers ask for: grouped heads, fewer queries than keys, masks with blind rows, biases."""
+    """What the mixers ask for: grouped heads, fewer queries than keys, masks with blind rows, biases."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype)
+        return drawn_normal(generator, dtype, *shape)
 
     batch, groups, share = (drawn_integer(generator, 1, 2) for _ in range(3))
     length, more, dim = drawn_integer(generator, 1, 7), drawn_integer(generator, 0, 5), drawn_integer(generator, 1, 5)
@@ -141,7 +141,7 @@ def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
         "scale": 0.7 if drawn_integer(generator, 0, 1) else None,
     }
     if kind in (1, 3):
-        drawn["mask"] = torch.rand(batch, 1, length, held, generator=generator) < 0.6
+        drawn["mask"] = drawn_uniform(generator, dtype, batch, 1, length, held) < 0.6
     if kind in (2, 3):
         drawn["bias"] = normal(batch, heads, length, held)
     return drawn

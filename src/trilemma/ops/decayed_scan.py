@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilemma.ops.truth import TruthPair, drawn_integer
+from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
 
 def decayed_scan_naive(
@@ -147,7 +147,7 @@ def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     """Constant or per-token decay (also none at all), any length and chunk size, with or without a carried state."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype)
+        return drawn_normal(generator, dtype, *shape)
 
     batch, heads, width, wide = (drawn_integer(generator, 1, 3) for _ in range(4))
     length, carried = drawn_integer(generator, 1, 40), drawn_integer(generator, 0, 1) == 1
@@ -157,7 +157,7 @@ def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
         "q": normal(batch, heads, length, width),
         "k": normal(batch, heads, length, width),
         "v": normal(batch, heads, length, wide),
-        "log_decay": -strength * torch.rand(shape, generator=generator, dtype=dtype),
+        "log_decay": -strength * drawn_uniform(generator, dtype, *shape),
         "state": normal(batch, heads, width, wide) if carried else None,
         "chunk_size": (1, 2, 7, 64)[drawn_integer(generator, 0, 3)],
     }

@@ -28,4 +28,16 @@ class TruthPair:
 
 def drawn_integer(generator: torch.Generator, low: int, high: int) -> int:
     """A number from low to high, both included."""
-    return int(torch.randint(low, high + 1, (), generator=generator))
+    return int(torch.randint(low, high + 1, (), generator=generator, device="cpu"))
+
+
+def drawn_normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Standard normal values on the default device, the same on every device."""
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
+
+
+def drawn_uniform(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Values in [0, 1) on the default device, the same on every device."""
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)

@@ -1,0 +1,206 @@
+"""Law records: which code has been found lawful, on which path. No path runs without one.
+
+A record belongs to a fingerprint: the source of the mixer and of everything it stands on, torch's version, and the
+path. Records of our own mixers are shipped in `records.json`; whatever has none (a plug-in, another torch) is held to
+the laws when it is first used, and the result is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trilemma
+from trilemma.errors import ConfigError, LawError, nearest
+from trilemma.laws.registered import verify
+from trilemma.laws.report import FAIL, NOT_APPLICABLE, PASS, Report
+from trilemma.mixers.base import Mixer
+from trilemma.registry import mixer_class
+
+PATHS = ("plain", "compiled")
+SHIPPED = Path(__file__).with_name("records.json")
+_PACKAGE = Path(trilemma.__file__).parent
+_FORMAT = 1
+
+
+def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
+    """sha256 of what runs: the mixer's source and its bases', ops, nn, State and Ragged, torch's version, path, device.
+
+    Raises:
+        ConfigError: unknown mixer or path.
+    """
+    if path not in PATHS:
+        raise ConfigError(f'unknown path "{path}"{nearest(path, PATHS)}')
+    files = {_PACKAGE / "state.py", _PACKAGE / "ragged.py"}
+    files |= {file for room in ("ops", "nn") for file in (_PACKAGE / room).glob("*.py")}
+    bases = [cls for cls in mixer_class(name).__mro__ if issubclass(cls, Mixer)]
+    files |= {Path(source) for cls in bases if (source := inspect.getsourcefile(cls)) is not None}
+    public_version = torch.__version__.partition("+")[0]
+    digest = hashlib.sha256(f"{path}/{device}/{public_version}".encode())
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def record(
+    name: str,
+    path: str = "plain",
+    *,
+    level: str = "quick",
+    seed: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[Report], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the laws and writes down the outcome.
+
+    Args:
+        name: the mixer.
+        path: plain (every law but compile) or compiled (the law compile).
+        level, seed, device, progress: as in `verify`.
+
+    Returns:
+        fingerprint, path, torch, level, seed, ok, and for each law its outcome, the worst error as a fraction of what
+        is allowed, and where it fails.
+    """
+    print_of = fingerprint(name, path, device)
+    reports = verify(name, laws=laws_of(path), level=level, seed=seed, device=device, progress=progress)
+    return _record(print_of, path, device, reports)
+
+
+def records_of(name: str, reports: list[Report], device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """The record of each path from the reports of a run over all laws."""
+    return {path: _record(fingerprint(name, path, device), path, device, reports) for path in PATHS}
+
+
+def laws_of(path: str) -> list[str]:
+    """The laws that a path's record stands on."""
+    from_plain = ["split", "causality", "raggedness", "state", "cost", "training", "truth"]
+    return from_plain if path == "plain" else ["compile"]
+
+
+def _record(print_of: str, path: str, device: str, reports: list[Report]) -> dict[str, Any]:
+    laws = {law: _merged([report[law] for report in reports]) for law in laws_of(path)}
+    return {
+        "fingerprint": print_of,
+        "path": path,
+        "device": device,
+        "torch": torch.__version__.partition("+")[0],
+        "level": reports[0].level,
+        "seed": reports[0].seed,
+        "variants": len(reports),
+        "ok": all(law["outcome"] != FAIL for law in laws.values()),
+        "laws": laws,
+    }
+
+
+def _merged(results: list[Any]) -> dict[str, Any]:
+    """One law over all variants: failed if it fails in one, n/a if it says nothing about any."""
+    failed = [result for result in results if result.outcome == FAIL]
+    passed = [result for result in results if result.outcome == PASS]
+    if failed:
+        return {"outcome": FAIL, "reason": failed[0].reason, "reproduce": failed[0].reproduce}
+    if not passed:
+        return {"outcome": NOT_APPLICABLE, "reason": results[0].reason}
+    return {"outcome": PASS, "variants": len(passed), "worst": float(f"{max(r.worst or 0.0 for r in passed):.2g}")}
+
+
+def require(
+    mixers: Iterable[Mixer | str],
+    path: str = "plain",
+    *,
+    device: str = "cpu",
+    say: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The records of these mixers on a path; what has none is held to the laws now (level quick) and remembered.
+
+    Args:
+        mixers: instances or names.
+        path: plain or compiled.
+        device: cpu, cuda or mps.
+        say: told when laws have to run.
+
+    Returns:
+        name -> record.
+
+    Raises:
+        LawError: a law does not hold.
+    """
+    names = sorted({mixer if isinstance(mixer, str) else mixer.name for mixer in mixers})
+    found = {}
+    for name in names:
+        print_of = fingerprint(name, path, device)
+        known = _lookup(name, path, print_of)
+        if known is None:
+            if say is not None:
+                say(f'no law record for "{name}" on the path {path} ({device}): running the laws once')
+            known = record(name, path, device=device)
+            _remember(known)
+        if not known["ok"]:
+            broken = {law: result for law, result in known["laws"].items() if result["outcome"] == FAIL}
+            lines = [f"{law}: {result['reason']}; again: {result['reproduce']}" for law, result in broken.items()]
+            raise LawError(f'mixer "{name}" breaks the law on the path {path}:\n  ' + "\n  ".join(lines))
+        found[name] = known
+    return found
+
+
+def shipped_records() -> dict[str, dict[str, dict[str, Any]]]:
+    """name -> path -> record, as shipped."""
+    records: dict[str, dict[str, dict[str, Any]]] = _read(SHIPPED)
+    return records
+
+
+def write_shipped(records: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Merges records into the shipped file (for the authors of this package)."""
+    merged = {**shipped_records(), **records}
+    _write(SHIPPED, dict(sorted(merged.items())))
+
+
+def _lookup(name: str, path: str, print_of: str) -> dict[str, Any] | None:
+    shipped: dict[str, Any] | None = shipped_records().get(name, {}).get(path)
+    if shipped is not None and shipped["fingerprint"] == print_of:
+        return shipped
+    cached: dict[str, Any] | None = _read(cache_file()).get(print_of)
+    return cached
+
+
+def _remember(known: dict[str, Any]) -> None:
+    """A failure is not kept: the file may be mended, and a rotating seed may be the one that finds it."""
+    if known["ok"]:
+        _write(cache_file(), {**_read(cache_file()), known["fingerprint"]: known})
+
+
+def cache_file() -> Path:
+    """Where this user's records are kept; follows XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "trilemma" / "laws.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An unreadable or foreign file counts as empty: the laws can be run again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != _FORMAT
+        or not isinstance(content.get("records"), dict)
+    ):
+        return {}
+    records: dict[str, Any] = content["records"]
+    return records
+
+
+def _write(file: Path, records: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": _FORMAT, "records": records}, indent=1, sort_keys=True) + "\n"
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)

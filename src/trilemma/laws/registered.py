@@ -1,0 +1,86 @@
+"""The laws over mixers by name: each in all the variants that its class declares."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trilemma.errors import ConfigError
+from trilemma.laws.report import Report
+from trilemma.laws.trial import check
+from trilemma.mixers.base import Mixer, build_mixer
+from trilemma.registry import mixer_class
+
+_D_MODEL, _NUM_HEADS = 32, 4
+_PLUGIN_PREFIX = "trilemma_plugin_"
+
+
+def verify(
+    name: str,
+    *,
+    laws: Iterable[str] | None = None,
+    level: str = "quick",
+    seed: int | None = None,
+    variant: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[Report], None] | None = None,
+) -> list[Report]:
+    """Holds a registered mixer to the laws, in each of its variants (`Mixer.law_variants`).
+
+    Args:
+        name: see `trilemma.available_mixers`.
+        laws, level, seed, device: as in `check`.
+        variant: the number of one variant; None: all. At level quick the slow parts (compile, long sequences) run for
+            the first variant, for one that the seed picks, and for one asked for by number.
+        progress: told each report as it is made.
+
+    Raises:
+        ConfigError: unknown mixer, law, level or variant.
+    """
+    cls = mixer_class(name)
+    variants = cls.law_variants()
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    if variant is not None and not 0 <= variant < len(variants):
+        raise ConfigError(f'mixer "{name}" has the variants 0 to {len(variants) - 1}; {variant} is none of them')
+    laws = None if laws is None else list(laws)
+    place = "" if device == "cpu" else f" --device {device}"
+    reports = []
+    for number in range(len(variants)) if variant is None else [variant]:
+        slow = variant is not None or number in (0, seed % len(variants))
+        report = check(
+            _factory(cls, variants[number]),
+            laws=laws,
+            level=level,
+            seed=seed,
+            subject=f"{name} {describe(variants[number])}".strip(),
+            command=f"trilemma verify {name}{_plugin(cls)} --variant {number}{place}",
+            slow=slow,
+            device=device,
+        )
+        reports.append(report)
+        if progress is not None:
+            progress(report)
+    return reports
+
+
+def describe(variant: dict[str, Any]) -> str:
+    """A variant's options in words."""
+    return " ".join(f"{option}={value}" for option, value in variant.items())
+
+
+def is_plugin(cls: type[Mixer]) -> bool:
+    """Whether a mixer came from a file given with --plugin."""
+    return cls.__module__.startswith(_PLUGIN_PREFIX)
+
+
+def _factory(cls: type[Mixer], variant: dict[str, Any]) -> Callable[[], Mixer]:
+    options = dict(variant)
+    able = cls.capabilities
+    causal = options.pop("causal", able.causal or able.reads_memory)
+    return lambda: build_mixer(cls.name, _D_MODEL, causal, _NUM_HEADS, **options)
+
+
+def _plugin(cls: type[Mixer]) -> str:
+    return f" --plugin {inspect.getsourcefile(cls)}" if is_plugin(cls) else ""
