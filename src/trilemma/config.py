@@ -6,24 +6,32 @@ readers.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trilemma.errors import ConfigError, nearest
+from trilemma.settings import DEFAULT_MIXERS, Origin, yaml_text
+from trilemma.settings import apply_overrides as apply_overrides
+from trilemma.settings import merge as merge
+from trilemma.settings import read_yaml as read_yaml
+from trilemma.settings import set_key as set_key
 
 CONFIG_VERSION = 1
 
 # A mixer is a name, or a mapping with "name" and the mixer's own options; a list is a pattern repeated over the layers.
 MixerSpec = str | dict[str, Any]
+Location = list[str | int]
+Details = Mapping[str, Any]  # one mistake, as pydantic tells it
 
 
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -36,9 +44,9 @@ class ModelConfig(Section):
     num_layers: int = Field(4, ge=1, description="layers of the decoder, or of the only stack")
     encoder_layers: int | None = Field(None, ge=1, description="layers of the encoder; None: num_layers")
     num_heads: int = Field(4, ge=1)
-    mixer: MixerSpec | list[MixerSpec] = "attention"
+    mixer: MixerSpec | list[MixerSpec] = DEFAULT_MIXERS["mixer"]
     encoder_mixer: MixerSpec | list[MixerSpec] | None = None
-    cross_mixer: MixerSpec = "cross_attention"
+    cross_mixer: MixerSpec = DEFAULT_MIXERS["cross_mixer"]
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_position: Literal["pre", "post"] = "pre"
     norm_epsilon: float = Field(1e-5, ge=0)
@@ -56,6 +64,16 @@ class ModelConfig(Section):
     prefix: bool = Field(False, description="decoder-only: the source part is read in both directions")
     num_labels: int | None = Field(None, ge=2, description="encoder-only: classes; None: a masked language model")
     pooling: Literal["first", "mean"] = "mean"
+
+    @field_validator("mixer", "encoder_mixer", "cross_mixer")
+    @classmethod
+    def _named(cls, value: MixerSpec | list[MixerSpec] | None) -> MixerSpec | list[MixerSpec] | None:
+        if value == []:
+            raise ValueError("the pattern is empty; name at least one mixer")
+        for spec in value if isinstance(value, list) else [value]:
+            if isinstance(spec, dict) and not isinstance(spec.get("name"), str):
+                raise ValueError(f'a mixer with options needs the key "name", found {", ".join(map(str, spec))}')
+        return value
 
 
 class Source(Section):
@@ -224,78 +242,26 @@ class StudyConfig(Section):
 ConfigType = TypeVar("ConfigType", bound=Section)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file; `ConfigError` names file and line."""
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark is not None else str(file)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if value is None:
-        raise ConfigError(f"{file}: the file is empty")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a mapping of sections is needed, found {type(value).__name__}")
-    return value
+def parse(
+    cls: type[ConfigType], values: dict[str, Any], where: str = "config", origin: Origin | None = None
+) -> ConfigType:
+    """Validates `values` as a section of type `cls`; one `ConfigError` lists every mistake.
 
-
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `values` with each `section.key=value` set; the value is read as YAML."""
-    result = _copy(values)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f'override "{override}": write section.key=value')
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f'override "{override}": the value is not valid YAML') from None
-        set_key(result, key, value)
-    return result
-
-
-def set_key(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `a.b.c` in nested mappings, in place."""
-    *parents, last = dotted.split(".")
-    node = values
-    for parent in parents:
-        child = node.get(parent)
-        if not isinstance(child, dict):
-            child = {"name": child} if isinstance(child, str) and parent.endswith("mixer") else {}
-            node[parent] = child
-        node = child
-    node[last] = value
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings merged; dotted keys in `changes` are allowed."""
-    result = _copy(base)
-    for key, value in changes.items():
-        if "." in key:
-            set_key(result, key, value)
-        elif isinstance(value, dict) and isinstance(result.get(key), dict) and not key.endswith("mixer"):
-            result[key] = merge(result[key], value)
-        else:
-            result[key] = value
-    return result
-
-
-def parse(cls: type[ConfigType], values: dict[str, Any], where: str = "config") -> ConfigType:
-    """Validates `values` as a section of type `cls`; one `ConfigError` lists every mistake."""
+    Args:
+        cls: RunConfig, StudyConfig, or a section of them.
+        values: nested mappings.
+        where: what the messages name as the place.
+        origin: names file and line, or override, instead.
+    """
     version = values.get("version", CONFIG_VERSION)
     if isinstance(version, int) and version > CONFIG_VERSION:
         raise ConfigError(f"{where}: version {version} is newer than this trilemma ({CONFIG_VERSION}); upgrade")
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(cls, error, where)) from None
+        found = _mistakes(cls, error, values)
+        lines = [f"{where if origin is None else origin.of(location)}: {text}" for location, text in found]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -304,47 +270,92 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: unknown key (nearest named), wrong type, missing or unreadable file.
     """
-    values = apply_overrides(read_yaml(path), overrides or [])
-    return parse(RunConfig, values, str(path))
+    return _load(RunConfig, path, overrides or [])
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyConfig:
     """A study's configuration from YAML and overrides; errors as in `load_config`."""
-    values = apply_overrides(read_yaml(path), overrides or [])
-    return parse(StudyConfig, values, str(path))
+    return _load(StudyConfig, path, overrides or [])
+
+
+def _load(cls: type[ConfigType], path: str | Path, overrides: list[str]) -> ConfigType:
+    values = apply_overrides(read_yaml(path), overrides)
+    return parse(cls, values, str(path), Origin(path, overrides))
 
 
 def dump(config: Section) -> str:
     """YAML that `parse` reads back to an equal value."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text
+    return yaml_text(config.model_dump(mode="json"))
 
 
-def _copy(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, dict) else value for key, value in values.items()}
+# What the members of a union say when a value is of another kind: told once, together.
+_KINDS = {"string_type": "text", "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list"}
 
 
-def _explain(cls: type[Section], error: ValidationError, where: str) -> str:
-    lines = []
-    for item in error.errors():
-        location = [part for part in item["loc"] if isinstance(part, (str, int))]
-        path = ".".join(str(part) for part in location)
-        if item["type"] == "extra_forbidden":
-            lines.append(f'{where}: unknown key "{path}"{nearest(str(location[-1]), _keys_at(cls, location[:-1]))}')
-        elif item["type"] == "missing":
-            lines.append(f'{where}: the key "{path}" is missing')
+def _mistakes(cls: type[Section], error: ValidationError, values: dict[str, Any]) -> list[tuple[Location, str]]:
+    """Where each mistake stands, and what it is; the members of a union speak with one voice."""
+    told: dict[tuple[str | int, ...], list[tuple[Location, Details]]] = {}
+    for details in error.errors():
+        location, root = _real_location(details, values)
+        told.setdefault(tuple(root), []).append((location, details))
+    mistakes = []
+    for items in told.values():
+        precise = [pair for pair in items if pair[1]["type"] not in _KINDS]
+        if precise or len(items) == 1:
+            mistakes += [(location, _sentence(cls, location, item)) for location, item in precise or items]
         else:
-            shown = repr(item.get("input"))
-            lines.append(f"{where}: {path or 'value'}: {item['msg']}, found {shown[:80]}")
-    return "\n".join(dict.fromkeys(lines))
+            location, item = items[0]
+            kinds = list(dict.fromkeys(_KINDS[other["type"]] for _, other in items))
+            wanted = ", ".join(kinds[:-1]) + f" or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
+            mistakes.append((location, f"{_path(location)}: {wanted} is needed, found {_shown(item)}"))
+    return mistakes
 
 
-def _keys_at(cls: type[BaseModel], location: list[str | int]) -> list[str]:
+def _real_location(item: Details, values: Any) -> tuple[Location, Location]:
+    """The location without pydantic's names for the members of unions, and what of it lies before the first such."""
+    location: Location = []
+    root: Location | None = None
+    for part in item["loc"]:
+        index = isinstance(values, list) and isinstance(part, int)
+        if index or (isinstance(values, dict) and part in values):
+            values = values[part]
+            location.append(part)
+        elif root is None:
+            root = list(location)
+    if item["type"] == "missing":  # the key that is not there is the mistake
+        return [*location, item["loc"][-1]], root if root is not None and len(root) < len(location) else location
+    return location, location if root is None else root
+
+
+def _sentence(cls: type[Section], location: Location, item: Details) -> str:
+    path, kind = _path(location), item["type"]
+    if kind == "extra_forbidden":
+        return f'unknown key "{path}"{nearest(str(location[-1]), _keys_at(cls, location[:-1]))}'
+    if kind == "missing":
+        return f'the key "{path}" is missing'
+    if kind == "value_error":
+        return f"{path}: {item['ctx']['error']}"
+    text = f"{path}: a mapping is needed" if kind == "model_type" else f"{path}: {item['msg']}"
+    close = ""
+    if kind == "literal_error" and isinstance(item["input"], str):
+        close = nearest(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return f"{text}, found {_shown(item)}{close if 'did you mean' in close else ''}"
+
+
+def _path(location: Location) -> str:
+    return ".".join(str(part) for part in location) or "value"
+
+
+def _shown(item: Details) -> str:
+    return repr(item["input"])[:80]
+
+
+def _keys_at(cls: type[BaseModel], location: Location) -> list[str]:
     """Valid keys of the section that `location` leads to."""
     for part in location:
         field = cls.model_fields.get(str(part))
         if field is None:
-            continue  # an index, or the name of a union's member
+            continue  # an index
         child = _section_in(field.annotation)
         if child is None:
             return []

@@ -350,7 +350,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ConfigError,
         'mixer "attention": unknown option "windw"; did you mean "window"?',
     ),
-    ({"mixer": []}, ConfigError, "model.mixer: the pattern is empty; name at least one mixer"),
+    ({"mixer": []}, ConfigError, "model: mixer: the pattern is empty; name at least one mixer"),
     (
         {"num_heads": 3},
         ConfigError,

@@ -176,8 +176,6 @@ def make_stack(config: ModelConfig, role: str) -> Stack:
     if encoder and config.encoder_mixer is not None:
         spec = config.encoder_mixer
     pattern = spec if isinstance(spec, list) else [spec]
-    if not pattern:
-        raise ConfigError("model.mixer: the pattern is empty; name at least one mixer")
     blocks = []
     for i in range(layers):
         parts: list[Mixer | FeedForward] = [_mixer(pattern[i % len(pattern)], config, encoder)]
@@ -193,8 +191,6 @@ def split_spec(spec: MixerSpec) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     options = dict(spec)
-    if "name" not in options:
-        raise ConfigError(f'model.mixer: a mapping needs the key "name", found {sorted(options)}')
     return str(options.pop("name")), options
 
 
