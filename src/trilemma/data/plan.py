@@ -18,6 +18,8 @@ import numpy as np
 from trilemma.data.order import Indices, integers, permutation
 
 _EPOCHS_KEPT = 2
+_SEARCHED = 300_000
+_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # tried; which pads least depends on the lengths
 EpochType = TypeVar("EpochType")
 
 
@@ -164,7 +166,8 @@ class PairPlan(Plan[PairEpoch]):
         examples = np.sort(np.concatenate([part.examples for part in self.parts]))
         first, second = self.first[examples], self.second[examples]
         best, least = 1, -1
-        for groups in (1, 2, 4, 8, 16, 32, 64, 128):
+        # Where examples are many, many groups pad next to nothing and the search would take long.
+        for groups in _GROUPS if len(examples) <= _SEARCHED else _GROUPS[-1:]:
             order = length_order(first, second, groups)
             padded = padded_tokens(first[order], second[order], cut(first[order], second[order], self.budget))
             if least < 0 or padded < least:

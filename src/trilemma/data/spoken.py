@@ -84,7 +84,7 @@ def _money(value: int, digits: bool) -> tuple[str, str]:
     return str(num2words(amount, lang="en", to="currency", currency="EUR")), german
 
 
-_KINDS: dict[str, _Kind] = {
+KINDS: dict[str, _Kind] = {
     "cardinal": _Kind(0, None, "number", _cardinal),
     "ordinal": _Kind(1, None, "number", _ordinal),
     "year": _Kind(1100, 2100, "number", _year),
@@ -103,12 +103,12 @@ def _values(kind: _Kind, limit: int, split: str) -> Indices:
 
 
 def _read_options(options: dict[str, Any]) -> tuple[list[str], int, bool]:
-    kinds = options.get("kinds", list(_KINDS))
+    kinds = options.get("kinds", list(KINDS))
     if not isinstance(kinds, list) or not kinds:
-        raise ConfigError(f"numbers: kinds: a list of names is needed; valid: {', '.join(_KINDS)}")
+        raise ConfigError(f"numbers: kinds: a list of names is needed; valid: {', '.join(KINDS)}")
     for name in kinds:
-        if name not in _KINDS:
-            raise ConfigError(f'numbers: unknown kind "{name}"{nearest(str(name), _KINDS)}')
+        if name not in KINDS:
+            raise ConfigError(f'numbers: unknown kind "{name}"{nearest(str(name), KINDS)}')
     limit = options.get("limit", _DEFAULT_LIMIT)
     if not isinstance(limit, int) or isinstance(limit, bool) or not 100 <= limit <= _LARGEST_LIMIT:
         raise ConfigError(f"numbers: limit: an integer from 100 to {_LARGEST_LIMIT:,} is needed, found {limit!r}")
@@ -135,7 +135,7 @@ def spoken_pairs(
 ) -> Iterator[tuple[str, str]]:
     """Pairs (English, German) of the asked kinds; see `trilemma.data.generated.generate`."""
     kinds, limit, digits = _read_options(options)
-    pools = [_values(_KINDS[name], limit, split) for name in kinds]
+    pools = [_values(KINDS[name], limit, split) for name in kinds]
     available = [len(pool) for pool in pools]
     wanted = min(sum(available), default_size) if size is None else size
     if split != "train" and wanted > sum(available):
@@ -149,4 +149,4 @@ def spoken_pairs(
             ranks.append(np.full(len(values[-1]), rank))
     all_ranks, all_values = np.concatenate(ranks), np.concatenate(values)
     for index in permutation(seed, f"numbers.{split}", 0, len(all_values)):
-        yield _KINDS[kinds[all_ranks[index]]].speak(value=int(all_values[index]), digits=digits)
+        yield KINDS[kinds[all_ranks[index]]].speak(value=int(all_values[index]), digits=digits)

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from trilemma.config import TokenizerConfig
+from trilemma.data.unigram import WordCounter, repeatable
 from trilemma.errors import CheckpointError, ConfigError, DataError
 
 PAD, BOS, EOS, UNK, SEP, MASK = range(6)
@@ -276,7 +277,11 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, lowercase: bo
     tokenizer, trainer = _untrained(config)
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
-    if trainer is not None:
+    if config.kind == "unigram":
+        counter = WordCounter(tokenizer)
+        tokenizer.train_from_iterator(counter.passing(_nonempty(texts)), trainer=trainer)
+        tokenizer = repeatable(tokenizer, counter.words, len(SPECIALS))
+    elif trainer is not None:
         tokenizer.train_from_iterator(_nonempty(texts), trainer=trainer)
     return _from_tokenizers(tokenizer)
 
