@@ -33,9 +33,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	$(BIN)/trilemma compare recipes/demo.yaml --out demo
 	@echo
-	@echo "three sentences by the winner:"
-	@printf '%s\n' "twenty-one" "four hundred and seven" "nine thousand and thirty-six" \
-	  | $(BIN)/trilemma generate "$$($(BIN)/python recipes/winner.py demo)"
+	@$(BIN)/python examples/use_the_winner.py demo
 
 # --- checks --------------------------------------------------------------------------------------------------------------------
 

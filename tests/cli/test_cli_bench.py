@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trilemma import machine
+from trilemma import laws, machine
 from trilemma.cli.main import main
+from trilemma.errors import LawError
 
 CONFIG = """
 model: {layout: decoder-only, d_model: 16, num_layers: 1, num_heads: 2, vocab_size: 40, mixer: retention}
@@ -22,6 +23,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     measured = machine.measure_ceilings("cpu", quick=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "measure_ceilings", lambda device: measured)
+    monkeypatch.setattr(laws, "require", lambda mixers, path, **options: {})  # the laws have tests of their own
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     return file
@@ -74,3 +76,20 @@ def test_mistakes(config: Path, arguments: list[str], message: str, capsys: pyte
 def test_a_missing_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(tmp_path / "none.yaml"), "--device", "cpu"]) == 2
     assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_no_path_is_measured_without_a_law_record(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def refuse(mixers: list[object], path: str, **options: object) -> None:
+        asked.extend([path, *(mixer.name for mixer in mixers)])  # type: ignore[attr-defined]
+        raise LawError('mixer "retention" breaks the law')
+
+    monkeypatch.setattr(laws, "require", refuse)
+    assert main(["bench", str(config), *QUICK]) == 2
+    assert asked == ["plain", "retention"]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert 'trilemma: mixer "retention" breaks the law' in captured.err

@@ -129,7 +129,7 @@ def test_fractions_follow_from_bytes_flops_and_time() -> None:
     assert row["bandwidth_fraction"] == pytest.approx(row["step_bytes"] / seconds / 50e9)
     assert row["compute_fraction"] == pytest.approx(row["step_flops"] / seconds / 100e9)
     assert row["tokens_per_second"] == pytest.approx(1 / seconds)
-    assert row["path"] == "eager/cpu/float32"
+    assert row["path"] == "plain/cpu/float32"
     assert row["bound"] in ("memory", "compute", "overhead")
 
 
@@ -164,7 +164,7 @@ def test_an_encoder_has_a_reading_and_no_steps() -> None:
 def test_another_type_is_measured_on_a_copy() -> None:
     subject = model("attention")
     (row,) = cost.measure_decode(subject, (16,), dtype=torch.bfloat16, **QUICK)
-    assert row["path"] == "eager/cpu/bfloat16"
+    assert row["path"] == "plain/cpu/bfloat16"
     assert row["state_bytes"] == subject.state_bytes(16, dtype=torch.bfloat16)
     assert next(subject.parameters()).dtype == torch.float32
 

@@ -49,7 +49,7 @@ def command(
     """
     import torch
 
-    from trilemma import machine
+    from trilemma import laws, machine
     from trilemma.measure import cost, cost_report
 
     sizes, rows_together = _numbers(contexts, "--contexts"), _numbers(batch, "--batch")
@@ -57,6 +57,7 @@ def command(
         raise ConfigError(f'--precision: unknown value "{precision}"{nearest(precision, PRECISIONS)}')
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
+    laws.require(model.mixers(), "plain", device=place, say=say)
     dtype = None if precision == "auto" else getattr(torch, precision)
     cells = len(sizes) * len(rows_together)
     say(f"device {place}: {place_reason}; {cells} cells of about {max_seconds:.0f} s each at most")

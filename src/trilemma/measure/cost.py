@@ -35,7 +35,7 @@ class DecodeCost:
     """One cell of the cost table: `batch` rows that have read `context` tokens each. Times in ms, sizes in bytes.
 
     Attributes:
-        path: how it was executed: mode, device and type, such as "eager/cpu/float32".
+        path: how it was executed: form, device and type, such as "plain/cpu/float32".
         context: tokens read before the measured steps; for an encoder-decoder the source is counted in.
         source_length: the part of `context` that the encoder read; 0 without an encoder.
         reason: why nothing was measured; empty if it was.
@@ -166,7 +166,7 @@ def measure_training(
     weights = next(subject.parameters()).dtype
     ceiling = (limits or ceilings(device.type)).matmul_gflops(torch.bfloat16 if precision == "bfloat16" else weights)
     return {
-        "path": f"eager/{device.type}/{precision}",
+        "path": f"plain/{device.type}/{precision}",
         "batch": batch,
         "length": length,
         "source_length": source_length,
@@ -226,7 +226,7 @@ class _Bench:
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         self.new_tokens, self.repeats, self.max_seconds, self.seed = new_tokens, repeats, max_seconds, seed
         self.limits = limits or ceilings(self.device.type)
-        self.path = f"eager/{self.device.type}/{str(self.dtype).removeprefix('torch.')}"
+        self.path = f"plain/{self.device.type}/{str(self.dtype).removeprefix('torch.')}"
         self.has_encoder = model.layout == "encoder-decoder"
 
     def cell(self, context: int, batch: int, source_length: int | None) -> DecodeCost:
