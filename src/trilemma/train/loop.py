@@ -92,9 +92,6 @@ class Trainer:
         self.counters = Counters.from_record(record, self.directory.checkpoint_path(step))
         self.counters.resumes += 1
         self.optimizer.set_step(step)
-        if self.processes.is_first:
-            self.directory.cut_metrics(step, self.counters.validated)
-        self.processes.wait()
 
     def run(self) -> str:
         """Trains to the end and saves the last checkpoint; says what ended it.
@@ -104,6 +101,8 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             CheckpointError: saving failed; earlier checkpoints are intact.
         """
+        if self.processes.is_first:
+            self.directory.cut_metrics(self.counters.step, self.counters.validated)
         if self.counters.step:
             self._validate_and_save()  # a signal may have cut this short
         while (reason := self._ended()) is None:

@@ -1,7 +1,7 @@
 """The loss: cross-entropy with label smoothing, summed over scored tokens, without ever holding all logits.
 
 The head runs over chunks of scored positions only. Each chunk's logits are freed by its own backward pass, which is
-exact and recomputes nothing: gradients with respect to the hidden vectors are collected and sent through the model once.
+exact and recomputes nothing: gradients of the hidden vectors are collected and sent through the model once.
 Chunks also stay in the processor's caches: at a vocabulary of 8,192 on a CPU, chunks of 8 MB take half the time of the
 whole.
 """
