@@ -270,7 +270,26 @@ def test_any_text_and_number_survives_yaml(notes: dict[str, str], options: dict[
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "1E-3", "-.5", "010", "0o7", "12:30", "no", "on", "y", "~", "null", ".inf", "<<"]
+    "text",
+    [
+        "1e5",
+        "1E-3",
+        "a\x85b",
+        "\u2028",
+        " a\r\n",
+        "\ufeff",
+        "-.5",
+        "010",
+        "0o7",
+        "12:30",
+        "no",
+        "on",
+        "y",
+        "~",
+        "null",
+        ".inf",
+        "<<",
+    ],
 )
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     again = yaml_value(yaml_text({"key": text}))["key"]

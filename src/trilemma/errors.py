@@ -59,7 +59,8 @@ class Interrupted(TrilemmaError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`'; did you mean "x"?'` for the closest valid name, else the list of valid names."""
     names = sorted(set(valid))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    by_case = {valid_name.lower(): valid_name for valid_name in names}
+    close = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.6)
     if close:
-        return f'; did you mean "{close[0]}"?'
+        return f'; did you mean "{by_case[close[0]]}"?'
     return f"; valid: {', '.join(names)}" if names else ""

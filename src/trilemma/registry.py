@@ -11,17 +11,18 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trilemma.errors import CapabilityError, ConfigError, nearest
+from trilemma.errors import ConfigError, TrilemmaError, nearest
 
 if TYPE_CHECKING:
     from trilemma.mixers.base import Mixer
 
 _MIXERS: dict[str, type[Mixer]] = {}
-_PLUGINS: list[Path] = []
+_PLUGINS: dict[Path, list[str]] = {}  # file -> the mixers that it registered
 _discovered = False
 
 MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
@@ -71,26 +72,42 @@ def loaded_plugins() -> list[Path]:
 
 
 def load_plugin(path: str | Path) -> list[str]:
-    """Imports a Python file given on the command line; returns the names of the mixers that it registers."""
+    """Imports a Python file given on the command line; returns the names of the mixers that it registers.
+
+    A file that was loaded before is not run again. One that fails leaves nothing behind.
+
+    Raises:
+        ConfigError: no such file, no Python, no mixer in it, a name that is taken, or whatever its code raises.
+    """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"plug-in {file}: no such file")
+    place = file.resolve()
+    if place in _PLUGINS:
+        return list(_PLUGINS[place])
     _discover()
-    before = set(_MIXERS)
-    name = f"trilemma_plugin_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    name = f"trilemma_plugin_{len(_PLUGINS)}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, place)
     if spec is None or spec.loader is None:
         raise ConfigError(f"plug-in {file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    before = dict(_MIXERS)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except CapabilityError:
-        raise
+        if _MIXERS.keys() == before.keys():
+            raise ConfigError("registers no mixer; decorate a Mixer subclass with @register_mixer(name)")
     except Exception as error:
-        raise ConfigError(f"plug-in {file}: {type(error).__name__}: {error}") from error
-    added = sorted(set(_MIXERS) - before)
-    if not added:
-        raise ConfigError(f"plug-in {file}: registers no mixer; decorate a Mixer subclass with @register_mixer(name)")
-    _PLUGINS.append(file.resolve())
-    return added
+        _MIXERS.clear()
+        _MIXERS.update(before)
+        del sys.modules[name]
+        text = str(error) if isinstance(error, TrilemmaError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"plug-in {file}{_line_in(place, error)}: {text}") from error
+    _PLUGINS[place] = sorted(_MIXERS.keys() - before.keys())
+    return list(_PLUGINS[place])
+
+
+def _line_in(file: Path, error: Exception) -> str:
+    """`:line` of the file where the error arose, if it did there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f":{lines[-1]}" if lines else ""

@@ -50,6 +50,13 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would not read back as text."""
 
 
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text with breaks that plain and single-quoted scalars fold away is written with escapes."""
+    style = '"' if re.search("[\r\x85\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
 for _name, (_pattern, _first) in _RESOLVERS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)

@@ -15,9 +15,10 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, final, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from trilemma.errors import CapabilityError, ConfigError, nearest
@@ -325,14 +326,59 @@ def build_mixer(name: str, d_model: int, causal: bool = True, num_heads: int | N
         CapabilityError: the mixer cannot work in that direction.
     """
     cls = mixer_class(name)
-    known = [parameter for parameter in inspect.signature(cls.__init__).parameters if parameter != "self"]
+    known = _option_names(cls)
     for option in options:
-        if option not in known or option in ("d_model", "causal"):
-            valid = [parameter for parameter in known if parameter not in ("d_model", "causal")]
-            raise ConfigError(f'mixer "{name}": unknown option "{option}"{nearest(option, valid)}')
+        if option not in known:
+            raise ConfigError(f'mixer "{name}": unknown option "{option}"{nearest(option, known)}')
+    options = _of_their_types(cls, options)
     if num_heads is not None and "num_heads" in known:
-        options.setdefault("num_heads", num_heads)
+        options["num_heads"] = num_heads
     try:
         return cls(d_model=d_model, causal=causal, **options)
     except TypeError as error:
         raise ConfigError(f'mixer "{name}": {error}') from None
+
+
+def build_from_spec(spec: str | dict[str, Any], d_model: int, causal: bool, num_heads: int | None) -> Mixer:
+    """A mixer as a configuration names it.
+
+    Args:
+        spec: a name, or a mapping with "name" and options.
+        d_model, causal: as in `build_mixer`.
+        num_heads: the model's; the options may give another number.
+
+    Raises:
+        ConfigError, CapabilityError: as `build_mixer`.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f'a mixer with options needs the key "name", found {", ".join(map(str, options))}')
+    for fixed in ("d_model", "causal"):
+        if fixed in options:
+            raise ConfigError(f'mixer "{name}": {fixed} follows from the model, it is no option')
+    cls = mixer_class(name)
+    known = _option_names(cls)
+    if "num_heads" in options:
+        if "num_heads" not in known:
+            raise ConfigError(f'mixer "{name}" has no heads: unknown option "num_heads"{nearest("num_heads", known)}')
+        num_heads = _of_their_types(cls, {"num_heads": options.pop("num_heads")})["num_heads"]
+    return build_mixer(name, d_model, causal, num_heads, **options)
+
+
+def _option_names(cls: type[Mixer]) -> list[str]:
+    parameters = inspect.signature(cls.__init__).parameters
+    return [name for name in parameters if name not in ("self", "d_model", "causal")]
+
+
+def _of_their_types(cls: type[Mixer], options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the class's annotations have them; text such as "8" or "false" becomes what it means."""
+    hints = get_type_hints(cls.__init__)
+    result = {}
+    for option, value in options.items():
+        try:
+            result[option] = TypeAdapter(hints.get(option, Any)).validate_python(value)
+        except ValidationError as error:
+            messages = " or ".join(dict.fromkeys(str(item["msg"]) for item in error.errors()))
+            raise ConfigError(f'mixer "{cls.name}": option {option}: {messages}, found {value!r}') from None
+    return result

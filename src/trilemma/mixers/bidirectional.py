@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Capabilities, Mixer, build_mixer
+from trilemma.mixers.base import Capabilities, Mixer, build_from_spec
 from trilemma.ragged import Ragged
 from trilemma.registry import register_mixer
 from trilemma.state import State
@@ -41,14 +41,10 @@ class Bidirectional(Mixer):
         num_heads: int | None = None,
     ) -> None:
         super().__init__(d_model, causal)
-        options = {"name": inner} if isinstance(inner, str) else dict(inner)
-        if "name" not in options:
-            raise ConfigError('bidirectional: inner needs a "name"')
-        name = options.pop("name")
-        self.ahead = build_mixer(name, d_model, True, num_heads, **options)
-        self.back = build_mixer(name, d_model, True, num_heads, **options)
+        self.ahead = build_from_spec(inner, d_model, True, num_heads)
+        self.back = build_from_spec(inner, d_model, True, num_heads)
         if self.ahead.capabilities.reads_memory:
-            raise ConfigError(f'bidirectional: "{name}" reads a memory, it is no mixer of its own sequence')
+            raise ConfigError(f'bidirectional: "{self.ahead.name}" reads a memory, it is no mixer of its own sequence')
         self.compiles = self.ahead.compiles
 
     @classmethod

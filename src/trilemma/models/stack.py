@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trilemma.config import MixerSpec, ModelConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Mixer, build_mixer
+from trilemma.mixers.base import Mixer, build_from_spec, build_mixer
 from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.nn.feedforward import FeedForward
 from trilemma.nn.norms import make_norm
@@ -186,24 +185,15 @@ def make_stack(config: ModelConfig, role: str) -> Stack:
     return Stack(blocks, config)
 
 
-def split_spec(spec: MixerSpec) -> tuple[str, dict[str, Any]]:
-    """Name and options of a mixer as a config names it."""
-    if isinstance(spec, str):
-        return spec, {}
-    options = dict(spec)
-    return str(options.pop("name")), options
-
-
 def _mixer(spec: MixerSpec, config: ModelConfig, encoder: bool) -> Mixer:
     """One mixer; in an encoder a causal one runs in two directions."""
-    name, options = split_spec(spec)
+    name = spec if isinstance(spec, str) else str(spec["name"])
     able = mixer_class(name).capabilities
     if encoder and able.causal and not able.bidirectional:
-        inner = {"name": name, **options}
-        return build_mixer("bidirectional", config.d_model, False, config.num_heads, inner=inner)
+        return build_mixer("bidirectional", config.d_model, False, config.num_heads, inner=spec)
     if able.reads_memory:
         raise CapabilityError(f'model.mixer: "{name}" reads a memory; it is for model.cross_mixer')
-    mixer = build_mixer(name, config.d_model, not encoder, config.num_heads, **options)
+    mixer = build_from_spec(spec, config.d_model, not encoder, config.num_heads)
     if config.prefix and not encoder and not mixer.capabilities.prefix:
         raise CapabilityError(f'model.prefix: mixer "{name}" cannot read a prefix in both directions')
     return mixer
@@ -211,8 +201,7 @@ def _mixer(spec: MixerSpec, config: ModelConfig, encoder: bool) -> Mixer:
 
 def _cross_mixer(config: ModelConfig) -> CrossAttention:
     """The part of a decoder layer that reads the encoder."""
-    name, options = split_spec(config.cross_mixer)
-    cross = build_mixer(name, config.d_model, True, config.num_heads, **options)
+    cross = build_from_spec(config.cross_mixer, config.d_model, True, config.num_heads)
     if not isinstance(cross, CrossAttention):
-        raise CapabilityError(f'model.cross_mixer: mixer "{name}" reads no memory')
+        raise CapabilityError(f'model.cross_mixer: mixer "{cross.name}" reads no memory')
     return cross
