@@ -186,10 +186,14 @@ class Case:
                 token = int((~value.isfinite()).any(2).any(0).nonzero()[0])
             raise ViolationError(claim, tensor, token, error=math.inf)
 
+    def named_leaves(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The given inputs, the mixer's parameters and what the stack owns."""
+        named = {**leaves, **{f"parameter {k}": p for k, p in self.mixer.named_parameters()}}
+        return named | {f"shared {name}": value for name, value in self.shared.items()}
+
     def gradients(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of `leaves`, the mixer's parameters and what the stack owns; zeros where nothing flows."""
-        named = {**leaves, **{f"parameter {k}": p for k, p in self.mixer.named_parameters()}}
-        named |= {f"shared {name}": value for name, value in self.shared.items()}
+        named = self.named_leaves(leaves)
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         return {
             name: torch.zeros_like(leaf) if grad is None else grad

@@ -90,6 +90,8 @@ def _steps(case: Case, backend: str) -> None:
             assert after is not None
             state = after
             case.close(got, want, "y", "compiled steps give the plain steps' outputs")
-        graphs = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        if graphs > 3:
-            raise ViolationError(f"{_STEPS} steps of one shape make few graphs; found {graphs}", error=float(graphs))
+            graphs = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            if graphs > 3:
+                raise ViolationError(
+                    f"{_STEPS} steps of one shape make few graphs; found {graphs}", error=float(graphs)
+                )

@@ -1,0 +1,37 @@
+"""The laws over every registered mixer in every variant; quick by default, full under TRILEMMA_LAWS=full."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from trilemma.laws import LAWS, verify
+from trilemma.registry import available_mixers, mixer_class
+
+pytestmark = pytest.mark.laws
+
+LEVEL = "full" if os.environ.get("TRILEMMA_LAWS") == "full" else "quick"
+SUBJECTS = [(name, number) for name in available_mixers() for number in range(len(mixer_class(name).law_variants()))]
+EAGER = [law for law in LAWS if law != "compile"]
+
+
+@pytest.mark.parametrize(("name", "variant"), SUBJECTS)
+def test_the_laws_hold(name: str, variant: int, session_seed: int) -> None:
+    (report,) = verify(name, laws=EAGER, level=LEVEL, seed=session_seed, variant=variant)
+    report.require()
+
+
+@pytest.mark.parametrize("name", available_mixers())
+def test_compiled_is_plain(name: str, session_seed: int) -> None:
+    """At level quick the first variant and one that the seed picks; all of them at level full."""
+    variants = len(mixer_class(name).law_variants())
+    chosen = range(variants) if LEVEL == "full" else sorted({0, session_seed % variants})
+    for variant in chosen:
+        (report,) = verify(name, laws=["compile"], level=LEVEL, seed=session_seed, variant=variant)
+        report.require()
+
+
+def test_there_is_something_to_hold_to_the_laws() -> None:
+    assert {"attention", "cross_attention", "retention", "lstm", "gru", "bidirectional"} <= set(available_mixers())
+    assert len(SUBJECTS) >= 30
