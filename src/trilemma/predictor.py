@@ -144,6 +144,11 @@ class Predictor:
         """Floating-point type of the weights."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def path(self) -> str:
+        """How the model is executed: form, device and type, such as "plain/cpu/float32"."""
+        return f"plain/{torch.device(self.device).type}/{str(self.dtype).removeprefix('torch.')}"
+
     # Generation
 
     def translate(self, lines: Sequence[str], over_length: OverLength = "error", **decoding: Any) -> list[str]:

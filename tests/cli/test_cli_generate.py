@@ -7,18 +7,26 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 import trilemma
+from trilemma import laws
 from trilemma.cli.generate import read_lines
 from trilemma.cli.main import main
-from trilemma.errors import DataError
+from trilemma.errors import DataError, LawError
+from trilemma.mixers.base import Mixer
 
 MakeRun = Callable[..., Path]
 LINES = ["twenty-one", "", "a", "naïve – 犬", "   ", "zzz zzz"]
+
+
+@pytest.fixture(autouse=True)
+def _lawful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The laws have tests of their own."""
+    monkeypatch.setattr(laws, "require", lambda mixers, path, **options: {})
 
 
 @pytest.fixture
@@ -46,6 +54,7 @@ def test_one_line_in_one_line_out(make_run: MakeRun, run_filter: Callable[..., t
     assert lines[4] == ""
     assert lines == trilemma.load(run).translate(LINES)
     assert "6 lines in" in err
+    assert "(path plain/cpu/float64)" in err
     # the last line end is optional, and so is "\r"
     assert run_filter("\r\n".join(LINES), run)[1] == out
     assert run_filter("", run)[:2] == (0, "")
@@ -132,6 +141,22 @@ def test_mistakes(make_run: MakeRun, run_filter: Callable[..., tuple], arguments
     assert out == ""
 
 
+def test_no_path_runs_without_a_law_record(
+    make_run: MakeRun, run_filter: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(mixers: Iterable[Mixer], path: str, **options: object) -> dict[str, object]:
+        asked.extend([path, *sorted({mixer.name for mixer in mixers})])
+        raise LawError('mixer "attention" breaks the law on the path plain')
+
+    monkeypatch.setattr(laws, "require", refuse)
+    code, out, err = run_filter("a\n", make_run())
+    assert (code, out) == (2, "")
+    assert "breaks the law" in err
+    assert asked == ["plain", "attention", "cross_attention"]
+
+
 def test_what_is_no_run_or_generates_nothing(
     make_run: MakeRun, run_filter: Callable[..., tuple], tmp_path: Path
 ) -> None:
@@ -170,15 +195,31 @@ def test_a_line_without_an_end_does_not_fill_the_memory() -> None:
     assert list(read_lines(io.BytesIO(b"x" * 1000 + b"\r\n" + b"y"), "stdin", limit=1000)) == ["x" * 1000, "y"]
 
 
-def _command(run: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "trilemma", "generate", str(run), "--device", "cpu", *arguments]
+# Runs the verb in a process of its own and says on stderr how much memory it needed at most (KiB).
+_PROCESS = """
+import resource, sys
+from trilemma import laws
+from trilemma.cli.main import main
+laws.require = lambda mixers, path, **options: {}
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def filter_process(run: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROCESS, "generate", str(run), "--device", "cpu", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_closed_pipe_is_no_error(make_run: MakeRun) -> None:
     """`trilemma generate RUN < lines | head -1`"""
-    source = subprocess.Popen(
-        _command(make_run(), "--window", "1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    source = filter_process(make_run(), "--window", "1")
     assert source.stdin is not None
     assert source.stdout is not None
     assert source.stderr is not None
@@ -195,25 +236,9 @@ def test_a_closed_pipe_is_no_error(make_run: MakeRun) -> None:
     assert "Error" not in message
 
 
-# Runs the verb and says on stderr how much memory the process needed at most (KiB).
-_MEASURED = """
-import resource, sys
-from trilemma.cli.main import main
-code = main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
-sys.exit(code)
-"""
-
-
 def peak_kib(run: Path, lines: int, *arguments: str) -> int:
     """Peak memory of the filter over that many lines, which are never in memory or on disk together."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _MEASURED, "generate", str(run), "decoding.method=greedy", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = filter_process(run, "decoding.method=greedy", *arguments)
     feeder = subprocess.Popen(
         [sys.executable, "-c", f"for i in range({lines}): print('line number', i, 'x' * (i % 20))"],
         stdout=process.stdin,

@@ -68,6 +68,7 @@ def command(
     Translation, continuation, sampling (decoding.method=sample), n-best. A score is the log-probability over the
     length penalty. Outputs appear window by window.
     """
+    from trilemma import laws
     from trilemma.predictor import DEFAULT_WINDOW, load
 
     if over_length not in ("error", "skip"):
@@ -76,6 +77,7 @@ def command(
         raise ConfigError("--scores and --jsonl exclude each other: the JSON objects hold the scores")
     settings = decoding_settings(overrides or [], n_best)
     predictor = load(run, device=device, dtype=dtype)
+    laws.require(predictor.model.mixers(), "plain", device=predictor.device, say=say)
     several = predictor.decoding(**settings).n_best > 1 or n_best is not None
     size = window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW)
     style = "jsonl" if jsonl else "n-best" if several else "scores" if scores else "text"
@@ -83,9 +85,9 @@ def command(
     try:
         _filter(predictor, sys.stdin.buffer, sys.stdout.buffer, totals, style, over_length == "skip", size, settings)
     finally:
-        _report(totals)
+        _report(totals, predictor.path)
     if json:
-        print_json(asdict(totals))
+        print_json({**asdict(totals), "path": predictor.path})
 
 
 def decoding_settings(overrides: list[str], n_best: int | None) -> dict[str, Any]:
@@ -158,9 +160,9 @@ def _flat(text: str) -> str:
     return text.replace("\t", " ")
 
 
-def _report(totals: Totals) -> None:
+def _report(totals: Totals, path: str) -> None:
     rate = f", {totals.tokens / totals.seconds:,.0f} tokens/s" if totals.seconds > 0 else ""
-    parts = [f"{totals.lines:,} lines in {totals.seconds:.1f} s{rate}"]
+    parts = [f"{totals.lines:,} lines in {totals.seconds:.1f} s{rate} (path {path})"]
     if totals.skipped:
         parts.append(f"{totals.skipped:,} too long and left empty")
     if totals.cut:

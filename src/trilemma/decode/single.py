@@ -52,7 +52,7 @@ def decode_single(
     for position in range(int(limits.max())):
         tokens, gaps = _choose(logits, batch.indices, rows, copies, position, config, margins)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        gains = (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(-1)).double().cpu()
+        gains = (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(-1)).cpu().double()
         chosen = tokens.cpu()
         active = ~ended[rows]  # rows that are finished but not yet dropped change nothing any more
         at = rows[active]
@@ -87,14 +87,18 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """Next token of each row [rows] (on the device), and the margins [rows] of the choice (on the CPU)."""
     if config.method == "sample":
-        draws = uniform(config.seed, indices[rows // copies].numpy(), (rows % copies).numpy(), position)
-        uniforms = torch.from_numpy(draws).to(logits.device)
-        tokens, gaps = draw(logits, uniforms, config.temperature, config.top_k, config.top_p)
-        return tokens, gaps.cpu()
+        draws = torch.from_numpy(
+            uniform(config.seed, indices[rows // copies].numpy(), (rows % copies).numpy(), position)
+        )
+        # sampling needs float64, which some devices (mps) have not
+        at = torch.device("cpu") if logits.device.type == "mps" else logits.device
+        tokens, gaps = draw(logits.to(at), draws.to(at), config.temperature, config.top_k, config.top_p)
+        return tokens.to(logits.device), gaps.cpu()
     if not margins:
         return logits.argmax(-1), torch.full((len(rows),), torch.inf, dtype=torch.float64)
     best = logits.topk(min(2, logits.shape[-1]), dim=-1)
-    gaps = (best.values[:, 0].double() - best.values[:, -1].double()).cpu()
+    values = best.values.cpu().double()
+    gaps = values[:, 0] - values[:, -1]
     return logits.argmax(-1), gaps
 
 

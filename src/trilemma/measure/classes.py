@@ -36,5 +36,5 @@ def class_log_probabilities(
     for positions in plan_batches(requests, batch_tokens):
         batch = collate([requests[i] for i in positions], tokenizer.pad, device)
         logits = model.head(model(batch.inputs, batch.lengths))
-        result[positions] = torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+        result[positions] = torch.log_softmax(logits.cpu().double(), dim=-1).numpy()
     return result

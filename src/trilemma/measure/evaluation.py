@@ -297,7 +297,7 @@ def _score_masked(
         logits = model.head(model(moved.inputs, moved.lengths, segments=moved.segments))
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide.transpose(1, 2), moved.labels, ignore_index=IGNORE, reduction="none")
-        nats.append(loss.double().sum(1).cpu().numpy())
+        nats.append(loss.cpu().double().sum(1).numpy())
         tokens.append((batch.labels != IGNORE).sum(1).numpy())
     signature = f"unit:masked-token|fraction:{dataset.config.training.mask_fraction:g}"
     scores = _likelihood_scores(np.concatenate(nats), np.concatenate(tokens), np.ones(1), wanted)

@@ -74,4 +74,4 @@ def _nats(model: SequenceModel, hidden: Tensor, where: Tensor, labels: Tensor) -
         logits = model.head(vectors[start : start + size])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         parts.append(F.cross_entropy(wide, labels[start : start + size].to(wide.device), reduction="none"))
-    return torch.cat(parts).double().cpu()
+    return torch.cat(parts).cpu().double()
