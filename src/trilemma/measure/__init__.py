@@ -1,0 +1,1 @@
+"""Measuring: quality metrics with signatures, cost of decoding and training."""
