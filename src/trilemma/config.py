@@ -169,15 +169,15 @@ class DecodingConfig(Section):
     method: Literal["greedy", "beam", "sample"] = "beam"
     beam_size: int = Field(4, ge=1)
     length_penalty: float = Field(0.6, description="alpha of ((5 + length) / 6) ** alpha")
-    n_best: int = Field(1, ge=1)
+    n_best: int = Field(1, ge=1, description="outputs an input: of the beam, or independent samples")
     max_length: int | None = Field(None, ge=1, description="new tokens; None: max_ratio * source + max_extra")
-    max_ratio: float = Field(1.0, ge=0)
+    max_ratio: float = Field(1.0, ge=0, description="of the source's tokens (a language model's: of the prompt's)")
     max_extra: int = Field(50, ge=0)
     temperature: float = Field(1.0, gt=0)
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int = 0
-    batch_tokens: int = Field(4096, ge=1)
+    top_k: int | None = Field(None, ge=1, description="sampling: only the k likeliest tokens")
+    top_p: float | None = Field(None, gt=0, le=1, description="sampling: the fewest tokens with this probability")
+    seed: int = Field(0, description="of sampling; draws depend on it, the input's number and the position alone")
+    batch_tokens: int = Field(4096, ge=1, description="padded input tokens decoded together, once per hypothesis")
 
 
 class RunConfig(Section):

@@ -121,6 +121,25 @@ def test_bad_input() -> None:
         quality.from_segments("chrf", np.ones((1, 1)))
 
 
+def test_bootstrap_intervals() -> None:
+    """For a mean of independent values the interval is that of the normal distribution."""
+    values = np.random.default_rng(0).normal(5.0, 2.0, size=2000)
+    score = quality.with_interval(quality.loss(values, np.ones(2000)))
+    assert score.low is not None
+    assert score.high is not None
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert score.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert score.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert score.interval == "bootstrap95|samples:1000|seed:0"
+    bleu = quality.with_interval(quality.bleu(HYPOTHESES, REFERENCES))
+    assert bleu.low is not None
+    assert bleu.high is not None
+    assert bleu.low < bleu.value < bleu.high
+    assert quality.with_interval(bleu) == bleu
+    assert quality.with_interval(quality.loss([1.0], [1])).low is None
+    assert quality.with_interval(quality.chrf(HYPOTHESES, REFERENCES)).low is None
+
+
 def test_json_is_plain() -> None:
     text = json.dumps([quality.bleu(HYPOTHESES, REFERENCES).to_json(), quality.accuracy([1], [1]).to_json()])
     assert json.loads(text)[1]["low"] == pytest.approx(20.6549, abs=1e-3)

@@ -100,7 +100,7 @@ def score_model(
     """
     config = dataset.resolved(dataset.config)
     if config.data.task == "masked-language-model":
-        return _score_masked(model, dataset, split, metrics, device)
+        return _with_intervals(_score_masked(model, dataset, split, metrics, device))
     sources, targets = dataset.eval_texts(split)
     line_ends = 0
     if config.data.task == "language-model":
@@ -145,7 +145,7 @@ def score_texts(
     if not sources:
         raise DataError(f"{split}: nothing to score: no lines")
     if task == "classification":
-        return _score_classes(model, tokenizer, config, sources, targets, split, wanted, device)
+        return _with_intervals(_score_classes(model, tokenizer, config, sources, targets, split, wanted, device))
     if task == "masked-language-model":
         raise CapabilityError("a masked language model is scored on its own splits: no files can be given")
     if config.data.lowercase:
@@ -153,7 +153,7 @@ def score_texts(
     prompts = Prompts(tokenizer, config)
     if task == "language-model":
         found = _score_documents(model, prompts, sources, line_ends, split, wanted, device)
-        return Evaluation(split, found, list(sources), [], [])
+        return _with_intervals(Evaluation(split, found, list(sources), [], []))
     scores: list[Score] = []
     hypotheses: list[str] = []
     notes: list[str] = []
@@ -170,7 +170,11 @@ def score_texts(
         )
         sizes = np.array([len(text.encode()) for text in targets])
         scores += _likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted)
-    return Evaluation(split, scores, list(sources), list(targets), hypotheses, notes)
+    return _with_intervals(Evaluation(split, scores, list(sources), list(targets), hypotheses, notes))
+
+
+def _with_intervals(evaluation: Evaluation) -> Evaluation:
+    return replace(evaluation, scores=[quality.with_interval(score) for score in evaluation.scores])
 
 
 def _outputs(

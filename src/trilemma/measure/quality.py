@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ class Score:
         value: over all segments.
         signature: what makes the number comparable: for BLEU and chrF sacrebleu's.
         size: segments (sentences, documents, examples) that were scored.
-        low, high: 95 % interval, where one follows from the counts (Wilson), else None.
+        low, high: 95 % interval, or None.
+        interval: how it was made: "wilson95" from counts, "bootstrap95" over segments, or None.
         segments: [size, width] sufficient statistics; chrF has none and holds sentence scores instead.
     """
 
@@ -51,6 +52,7 @@ class Score:
     size: int
     low: float | None = None
     high: float | None = None
+    interval: str | None = None
     segments: Array | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,12 +64,14 @@ class Score:
             "size": self.size,
         }
         if self.low is not None and self.high is not None:
-            values |= {"low": self.low, "high": self.high}
+            values |= {"low": self.low, "high": self.high, "interval": self.interval}
         return values
 
     def __str__(self) -> str:
-        interval = f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None and self.high is not None else ""
         digits = 4 if self.metric in ("loss", "bits_per_byte") else 2
+        interval = ""
+        if self.low is not None and self.high is not None:
+            interval = f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
         return f"{self.metric} {self.value:.{digits}f}{interval} (n={self.size}, {self.signature})"
 
 
@@ -210,12 +214,29 @@ def from_segments(metric: str, segments: Array) -> float:
         raise ConfigError(f'no sufficient statistics for the metric "{metric}"{nearest(metric, known)}')
     sums = segments.sum(axis=0)
     if metric == "bleu":
-        counts = [int(value) for value in sums]
+        counts = [round(value) for value in sums]
         return float(BLEU.compute_bleu(counts[2:6], counts[6:10], counts[0], counts[1], smooth_method="exp").score)
     ratio = float(sums[0] / sums[1])
     if metric in ("exact_match", "accuracy"):
         return 100.0 * ratio
     return math.exp(ratio) if metric == "perplexity" else ratio
+
+
+def with_interval(score: Score, samples: int = 1000, seed: int = 0) -> Score:
+    """The score with a 95 % percentile-bootstrap interval over its segments; unchanged where it has one already.
+
+    The interval says how much the value depends on which segments were scored, and nothing about training seeds.
+    Scores of a single segment, and chrF, get none.
+    """
+    if score.low is not None or score.segments is None or score.size < 2 or score.metric == "chrf":
+        return score
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(score.size, np.full(score.size, 1.0 / score.size), size=samples)
+    sums = counts.astype(np.float64) @ score.segments
+    # a resample of nothing but empty texts has no value
+    values = [from_segments(score.metric, row[None]) for row in sums if score.metric == "bleu" or row[1] > 0]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return replace(score, low=float(low), high=float(high), interval=f"bootstrap95|samples:{samples}|seed:{seed}")
 
 
 def wilson(hits: int, size: int) -> tuple[float, float]:
@@ -233,7 +254,7 @@ def _proportion(metric: str, hits: Sequence[bool], size: int) -> Score:
     count = sum(hits)
     low, high = wilson(count, size)
     rows = np.stack([np.asarray(hits, dtype=np.float64), np.ones(size)], axis=1)
-    return Score(metric, 100.0 * count / size, "unit:percent|interval:wilson95", size, 100 * low, 100 * high, rows)
+    return Score(metric, 100.0 * count / size, "unit:percent", size, 100 * low, 100 * high, "wilson95", rows)
 
 
 def _ratio_rows(numerator: Any, denominator: Any, what: str) -> Array:
