@@ -11,8 +11,8 @@ from typing import Any
 from trilemma.compare.matching import count, match_parameters, skeleton
 from trilemma.compare.records import Inequality, PlannedRun, Role, Stage, flatten
 from trilemma.compare.words import amount
-from trilemma.config import Candidate, RunConfig, StudyConfig, merge, parse
-from trilemma.data import Dataset
+from trilemma.config import Candidate, ModelConfig, RunConfig, StudyConfig, merge, parse
+from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError, nearest
 from trilemma.train.counters import flops_of
 
@@ -135,7 +135,7 @@ def _declared(study: StudyConfig, candidate: Candidate) -> list[Inequality]:
 def _matched(
     study: StudyConfig, candidate: Candidate, config: RunConfig, target: int, reference: str
 ) -> tuple[RunConfig, list[Inequality]]:
-    own = count(config.model)
+    asked, own = config.model, count(config.model)
     tolerance = study.budget.tolerance
     keys = flatten(candidate.overrides)
     if not study.budget.match_parameters or candidate.name == reference or abs(own / target - 1) <= tolerance:
@@ -153,18 +153,17 @@ def _matched(
     if abs(off) > tolerance:
         why = " (its d_ff is given, so it was not matched)" if fixed else ""
         found.append(f"{amount(own)} non-embedding parameters, {off:+.1%} against {reference}{why}")
-    if match is not None and match.config.num_layers != parse_layers(study, candidate):
-        found.append(
-            f"{match.config.num_layers} layers instead of {parse_layers(study, candidate)}, to match parameters"
-        )
+    if match is not None:
+        was, now = _layers(asked), _layers(match.config)
+        if was != now:
+            found.append(f"{now} instead of {was}, to match parameters")
     return config, [Inequality(candidate.name, text) for text in found]
 
 
-def parse_layers(study: StudyConfig, candidate: Candidate) -> int:
-    """Layers that were asked for."""
-    layers = flatten(candidate.overrides).get("model.num_layers", study.base.model.num_layers)
-    assert isinstance(layers, int), "checked when the candidate was parsed"
-    return layers
+def _layers(model: ModelConfig) -> str:
+    if model.layout != "encoder-decoder":
+        return f"{model.num_layers} layers"
+    return f"{model.encoder_layers or model.num_layers} + {model.num_layers} layers"
 
 
 def _controls(study: StudyConfig, reference: str, config: RunConfig) -> list[Variant]:
@@ -192,6 +191,8 @@ def _budgeted(
 ) -> tuple[RunConfig, str | None]:
     """The configuration with what ends it; and, for FLOPs, by how much whole steps miss the budget."""
     lock, spend = study.budget.lock, study.budget.amount * share
+    if dataset is not None and config.model.layout != dataset.config.model.layout:
+        dataset, _ = prepare(config, dataset.tokenizer)  # the same examples, laid out for this model
     changes: dict[str, Any] = {"steps": None, "max_tokens": None, "max_seconds": None}
     text = None
     steps: int | None = None

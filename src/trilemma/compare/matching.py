@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from trilemma.config import ModelConfig
+from trilemma.config import MixerSpec, ModelConfig
 from trilemma.models import SequenceModel, build_model
 
 # d_ff stays in this range of multiples of d_model; beyond it, depth moves instead.
 _NARROWEST, _WIDEST = 1.0, 6.0
-_DEPTH_REACH = 6  # layers more or fewer that are tried
+_CLOSE_ENOUGH = 0.005
+_DEPTH_REACH = 6  # layers more or fewer that are tried, all stacks together
 
 
 @dataclass(frozen=True)
@@ -42,46 +45,61 @@ def count(config: ModelConfig) -> int:
 def match_parameters(config: ModelConfig, target: int, tolerance: float) -> Match:
     """The nearest model to `target` non-embedding parameters.
 
-    d_ff alone is tried first; where it would leave 1 to 6 times d_model, depth changes by as few layers as it takes.
+    d_ff alone is tried first; where it would leave 1 to 6 times d_model, depth changes by as few layers as it takes, of
+    the encoder and the decoder apart; among equal changes the one that leaves d_ff nearest to 4 * d_model is taken.
     The result may be off by more than `tolerance`: the caller says so in the report.
     """
-    tried = []
-    for depth in _depths(config):
-        found = _fit_width(depth, target)
-        tried.append(found)
-        ratio = (found.config.d_ff or 4 * config.d_model) / config.d_model
-        if abs(found.off) <= tolerance and _NARROWEST <= ratio <= _WIDEST:
-            return found
+    tried: list[Match] = []
+    for alike in _depths(config):
+        found = [_fit_width(depth, target) for depth in alike]
+        fitting = [match for match in found if abs(match.off) <= tolerance]
+        if fitting:
+            return min(fitting, key=lambda match: abs(math.log(_ratio(match) / 4.0)))
+        tried += found
     return min(tried, key=lambda match: abs(match.off))
 
 
-def _depths(config: ModelConfig) -> list[ModelConfig]:
-    """`config` as it is, then with layers added or taken away, in all stacks alike, a whole mixer pattern at a time."""
-    pattern = len(config.mixer) if isinstance(config.mixer, list) else 1
-    result = [config]
-    for steps in range(1, _DEPTH_REACH + 1):
-        for change in (steps * pattern, -steps * pattern):
-            layers = config.num_layers + change
-            encoder = None if config.encoder_layers is None else config.encoder_layers + change
-            if layers >= 1 and (encoder is None or encoder >= 1):
-                result.append(config.model_copy(update={"num_layers": layers, "encoder_layers": encoder}))
-    return result
+def _ratio(match: Match) -> float:
+    assert match.config.d_ff is not None, "a fitted model states its d_ff"
+    return match.config.d_ff / match.config.d_model
+
+
+def _depths(config: ModelConfig) -> Iterator[list[ModelConfig]]:
+    """`config` as it is, then with one layer more or fewer, two, ...; a whole pattern of mixers at a time."""
+    yield [config]
+    own, encoder = _pattern(config.mixer), _pattern(config.encoder_mixer or config.mixer)
+    apart = config.layout == "encoder-decoder"
+    layers, encoder_layers = config.num_layers, config.encoder_layers or config.num_layers
+    for changes in range(1, _DEPTH_REACH + 1):
+        alike = []
+        for at in range(-changes, changes + 1):
+            rest = changes - abs(at) if apart else 0
+            for other in {rest, -rest}:
+                new = layers + at * own, encoder_layers + other * encoder
+                if abs(at) + abs(other) == changes and min(new) >= 1:
+                    update = {"num_layers": new[0], "encoder_layers": new[1] if apart else config.encoder_layers}
+                    alike.append(config.model_copy(update=update))
+        yield alike
+
+
+def _pattern(mixer: MixerSpec | list[MixerSpec]) -> int:
+    return len(mixer) if isinstance(mixer, list) else 1
 
 
 def _fit_width(config: ModelConfig, target: int) -> Match:
     """Solves for d_ff: parameters are linear in it. A multiple of 8 is taken where that is close enough."""
-    low, high = config.d_model, 2 * config.d_model
-    at_low, at_high = (count(config.model_copy(update={"d_ff": width})) for width in (low, high))
-    exact = low + (target - at_low) * (high - low) / (at_high - at_low)
-    limits = int(_NARROWEST * config.d_model), int(_WIDEST * config.d_model)
-    bounded = min(max(exact, limits[0]), limits[1])
-    best = None
-    for width in (8 * round(bounded / 8), round(bounded)):
-        fitted = config.model_copy(update={"d_ff": max(1, width)})
-        parameters = count(fitted)
-        match = Match(fitted, parameters, parameters / target - 1.0)
-        # a round width is faster on most hardware: the odd one only where it is needed
-        if best is None or abs(best.off) > 0.005:
-            best = match
-    assert best is not None, "two widths are tried"
-    return best
+    low, high = (max(1, int(limit * config.d_model)) for limit in (_NARROWEST, _WIDEST))
+    ends = [_measured(config, width, target) for width in (low, high)]
+    span = ends[1].parameters - ends[0].parameters
+    exact = low + (target - ends[0].parameters) * (high - low) / span
+    if not low <= exact <= high:
+        return min(ends, key=lambda match: abs(match.off))
+    # a round width is faster on most hardware: the odd one only where it is needed
+    even = _measured(config, max(low, 8 * round(exact / 8)), target)
+    return even if abs(even.off) <= _CLOSE_ENOUGH else _measured(config, round(exact), target)
+
+
+def _measured(config: ModelConfig, width: int, target: int) -> Match:
+    fitted = config.model_copy(update={"d_ff": width})
+    parameters = count(fitted)
+    return Match(fitted, parameters, parameters / target - 1.0)
