@@ -111,8 +111,8 @@ class DataConfig(Section):
     source_language: str | None = None
     target_language: str | None = None
     lowercase: bool = False
-    max_source_length: int = Field(256, ge=1, description="tokens")
-    max_target_length: int = Field(256, ge=1, description="tokens")
+    max_source_length: int = Field(256, ge=1, description="tokens of a text, without special ids")
+    max_target_length: int = Field(256, ge=1, description="tokens of a text, without special ids")
     context_length: int = Field(256, ge=1, description="tokens of a language-model row")
     over_length: Literal["error", "drop"] = Field("error", description="training examples over the limits")
     packing: bool = Field(True, description="language models: several documents in one row, with boundaries")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from trilemma.config import RunConfig, parse
-from trilemma.data import IGNORE, Batch, Dataset, Tokenizer, make_prompt, prepare
+from trilemma.data import IGNORE, Batch, Dataset, Tokenizer, prepare
+from trilemma.decode.prompts import Prompts
 from trilemma.errors import CapabilityError, ConfigError, DataError
 
 BYTE = {"kind": "byte"}
@@ -73,12 +74,12 @@ def test_prompts_are_what_training_saw(tmp_path: Path) -> None:
         dataset, tokenizer = prepare(config(layout, NUMBERS), cache_dir=tmp_path)
         batch = next(dataset.eval_batches("valid"))
         source = batch.inputs if batch.source is None else batch.source
-        prompt = make_prompt(tokenizer, "seq2seq", layout, tokenizer.decode(source[0, : prefix_of(batch)].tolist()))
+        text = tokenizer.decode(source[0, : prefix_of(batch)].tolist())
+        request = Prompts(tokenizer, dataset.config).context(tokenizer.encode(text))
         if batch.source is not None and batch.source_lengths is not None:
-            assert prompt.source == stripped(batch.source[0, : int(batch.source_lengths[0])])
-        assert prompt.tokens == stripped(batch.inputs[0, : len(prompt.tokens)])
-        assert prompt.prefix == (None if batch.prefix is None else int(batch.prefix[0]))
-    assert make_prompt(tokenizer, "language-model", "decoder-only", "a").tokens == [1, *tokenizer.encode("a")]
+            assert request.source == stripped(batch.source[0, : int(batch.source_lengths[0])])
+        assert request.prompt == stripped(batch.inputs[0, : len(request.prompt)])
+        assert batch.prefix is None or len(request.prompt) == int(batch.prefix[0])
 
 
 def prefix_of(batch: Batch) -> int | None:
@@ -231,8 +232,8 @@ LONG = [("short", "short"), ("x" * 30, "y"), ("x", "y" * 40), ("", "")]
 
 def test_examples_over_the_limits_are_an_error_or_counted(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.tsv", ["\t".join(pair) for pair in LONG])
-    data = {"train": {"path": path}, "valid": {"path": path}, "max_source_length": 20, "max_target_length": 20}
-    message = r"t.tsv:2 is over the limits \(31 source tokens, 2 target tokens .* as are 1 more of 4"
+    data = {"train": {"path": path}, "valid": {"path": path}, "max_source_length": 29, "max_target_length": 39}
+    message = r"t.tsv:2 is over the limits \(30 source tokens, 1 target tokens; .* as are 1 more of 4"
     with pytest.raises(DataError, match=message):
         prepare(config("encoder-decoder", data), cache_dir=tmp_path)
     dataset, _ = prepare(config("encoder-decoder", {**data, "over_length": "drop"}), cache_dir=tmp_path)

@@ -3,11 +3,9 @@
 from trilemma.data.batch import (
     IGNORE,
     Batch,
-    Prompt,
     classification_batch,
     concatenated_batch,
     encoder_decoder_batch,
-    make_prompt,
 )
 from trilemma.data.dataset import Dataset
 from trilemma.data.generated import generate, generated_names
@@ -18,14 +16,12 @@ __all__ = [
     "IGNORE",
     "Batch",
     "Dataset",
-    "Prompt",
     "Tokenizer",
     "classification_batch",
     "concatenated_batch",
     "encoder_decoder_batch",
     "generate",
     "generated_names",
-    "make_prompt",
     "prepare",
     "train_tokenizer",
 ]

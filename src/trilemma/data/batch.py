@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilemma.data.order import integers, uniform
+from trilemma.data.plan import even
 from trilemma.data.tokenizer import Tokenizer
 
 IGNORE = -100
@@ -59,33 +60,10 @@ class Batch:
         return replace(self, **moved)
 
 
-class Prompt(NamedTuple):
-    """What a trained model is given to produce text from: the same ids as in training, up to the first free place.
-
-    Attributes:
-        source: ids for the encoder, or None. tokens: what the decoder starts from.
-        prefix: length of the part that a prefix model reads in both directions, or None.
-    """
-
-    source: list[int] | None
-    tokens: list[int]
-    prefix: int | None
-
-
-def make_prompt(tokenizer: Tokenizer, task: str, layout: str, text: str) -> Prompt:
-    """The prompt for one line of text: src [eos] | [bos]; [bos] src [sep]; or [bos] text for language models."""
-    ids = tokenizer.encode(text)
-    if task == "seq2seq" and layout == "encoder-decoder":
-        return Prompt([*ids, tokenizer.eos], [tokenizer.bos], None)
-    if task == "seq2seq":
-        return Prompt(None, [tokenizer.bos, *ids, tokenizer.sep], len(ids) + 2)
-    return Prompt(None, [tokenizer.bos, *ids], None)
-
-
 def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:
-    """Right-padded [batch, longest] and the lengths [batch]."""
+    """Right-padded [batch, longest, rounded up to an even number] and the lengths [batch]."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    padded = np.full((len(rows), int(lengths.max(initial=0))), value, dtype=np.int64)
+    padded = np.full((len(rows), int(even(lengths.max(initial=0)))), value, dtype=np.int64)
     valid = np.arange(padded.shape[1]) < lengths[:, None]
     padded[valid] = np.concatenate(rows) if len(rows) else 0
     return torch.from_numpy(padded), torch.from_numpy(lengths)

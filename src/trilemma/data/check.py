@@ -132,7 +132,7 @@ def check_data(
     Args:
         splits: "train" first, then "valid", "test" where there are any; sources of files.
         task: a key of `FIELDS`. tokenizer: None: tokens are estimated with a small BPE trained on the first lines.
-        limits: for each field, the tokens that training allows, special ids included.
+        limits: for each field, the tokens of a text that training allows.
         tokens_per_second: of training, for the time estimate.
 
     Raises:
@@ -237,11 +237,11 @@ class _Scan:
         for rank, (name, column) in enumerate(self.columns.items()):
             if rank == 0 and len(self.fields) > 1:
                 self._find_repeats(_numbers(column.hashes), report.duplicate_sources)
-            report.fields[name] = self._field(name, column, limits.get(name, 0))
+            report.fields[name] = self._field(column, limits.get(name, 0))
         if self.fields == ("source", "target"):
             self._ratios()
 
-    def _field(self, name: str, column: _Column, limit: int) -> FieldReport:
+    def _field(self, column: _Column, limit: int) -> FieldReport:
         size = _numbers(column.bytes)
         rate = column.sampled_bytes / max(1, column.sampled_tokens)
         tokens = _numbers(column.tokens)
@@ -250,7 +250,7 @@ class _Scan:
             tokens = np.concatenate([tokens, rest])
         over = Finding()
         if limit:
-            for index in np.flatnonzero(tokens + _added(name) > limit):
+            for index in np.flatnonzero(tokens > limit):
                 over.add(self.place(int(index)))
         characters, words = _lengths(_numbers(column.characters)), _lengths(_numbers(column.words))
         return FieldReport(characters, words, _lengths(size), _lengths(tokens), rate, over, limit)
@@ -274,11 +274,6 @@ class _Scan:
         repeated = np.sort(order[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != _BLANK)])
         for index in repeated:
             finding.add(self.place(int(index)))
-
-
-def _added(name: str) -> int:
-    """Special ids that the model sees with a text: eos, or bos and eos."""
-    return 2 if name == "text" else 1
 
 
 _BLANK = np.uint64(0)

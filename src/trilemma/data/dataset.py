@@ -176,7 +176,7 @@ class Dataset:
         if split != "train":
             everything = [Part(np.arange(len(first), dtype=np.int64), 1.0)]
             return PairPlan(first, second, everything, self.config.seed, budget, shuffle=False)
-        parts = self._usable_parts(first, second)
+        parts = self._usable_parts(second)
         used = np.concatenate([part.examples for part in parts])
         longest = int((first + second)[used].max())
         if longest > budget:
@@ -185,16 +185,21 @@ class Dataset:
             )
         return PairPlan(first, second, parts, self.config.seed, budget)
 
-    def _usable_parts(self, first: Indices, second: Indices) -> list[Part]:
+    def _usable_parts(self, second: Indices) -> list[Part]:
         """Training examples within the limits; the others are an error, or are dropped and counted, as the config
         says."""
         data = self.config.data
-        over = (first > data.max_source_length) | (second > data.max_target_length)
+        # The limits count the tokens of the text alone, as they do where text is generated.
+        source = self._lengths("train", FIELDS[self.task][0], 0)
+        target = second - 1
+        over = (source > data.max_source_length) | (target > data.max_target_length)
         if over.any() and data.over_length == "error":
             index = int(np.argmax(over))
-            sides = f"{first[index]} source tokens" + (f", {second[index]} target tokens" if second[index] else "")
+            sides = f"{source[index]} source tokens" + (
+                f", {target[index]} target tokens" if target[index] >= 0 else ""
+            )
             raise DataError(
-                f"{self._place(index)} is over the limits ({sides} with eos; data.max_source_length "
+                f"{self._place(index)} is over the limits ({sides}; data.max_source_length "
                 f"{data.max_source_length}, data.max_target_length {data.max_target_length}), as are "
                 f"{int(over.sum()) - 1:,} more of {len(over):,}: raise the limits, or set data.over_length=drop"
             )

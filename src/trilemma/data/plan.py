@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -59,8 +59,25 @@ def length_order(first: Indices, second: Indices, groups: int) -> Indices:
     return np.lexsort((first * sign, second * sign, group))
 
 
+def even(lengths: Any) -> Indices:
+    """Lengths as batches are padded: even, so that a matrix product meets few different sizes (see `whole_rows`)."""
+    return np.asarray(lengths + lengths % 2, dtype=np.int64)
+
+
+def whole_rows(rows: int) -> int:
+    """A round number of rows, at most `rows`.
+
+    A kernel library prepares each matrix product for its exact size and keeps about a thousand of them: on a CPU in
+    bfloat16, products of ever new sizes took twice the time and a megabyte each. Round numbers of rows, with even
+    lengths, leave a few dozen sizes.
+    """
+    step = 16 if rows >= 32 else 8 if rows >= 8 else 1
+    return rows // step * step
+
+
 def cut(first: Indices, second: Indices, budget: int) -> Indices:
-    """Borders of consecutive batches: rows * (longest first + longest second) <= budget, a single row always fits.
+    """Borders of consecutive batches: rows * (longest first + longest second) <= budget, lengths padded as by `even`,
+    a round number of rows; a single row always fits.
 
     Returns:
         int64 [batches + 1], from 0 to len(first).
@@ -70,13 +87,13 @@ def cut(first: Indices, second: Indices, budget: int) -> Indices:
     window = 64
     while start < size:
         stop = min(size, start + window)
-        longest = np.maximum.accumulate(first[start:stop]) + np.maximum.accumulate(second[start:stop])
+        longest = even(np.maximum.accumulate(first[start:stop])) + even(np.maximum.accumulate(second[start:stop]))
         fits = int(np.searchsorted(longest * np.arange(1, stop - start + 1), budget, side="right"))
         if fits == stop - start and stop < size:
             window *= 2
             continue
         window = max(64, 2 * fits)
-        start += max(1, fits)
+        start += fits if start + fits == size else max(1, whole_rows(fits))
         borders.append(start)
     return np.array(borders, dtype=np.int64)
 
@@ -86,7 +103,7 @@ def padded_tokens(first: Indices, second: Indices, borders: Indices) -> int:
     if len(first) == 0:
         return 0
     rows = np.diff(borders)
-    longest = np.maximum.reduceat(first, borders[:-1]) + np.maximum.reduceat(second, borders[:-1])
+    longest = even(np.maximum.reduceat(first, borders[:-1])) + even(np.maximum.reduceat(second, borders[:-1]))
     return int((rows * longest).sum())
 
 
