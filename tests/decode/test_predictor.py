@@ -136,6 +136,4 @@ def test_line_breaks_in_an_output_become_spaces() -> None:
     assert predictor.model.logit_bias is not None
     with torch.no_grad():
         predictor.model.logit_bias[6 + ord("\n")] += 1000.0
-    text = predictor.translate(["a"])[0]
-    assert "\n" not in text
-    assert len(text.splitlines()) <= 1
+    assert predictor.translate(["a"], method="greedy", max_length=4) == ["    "]

@@ -65,8 +65,9 @@ def command(
 ) -> None:
     """Reads lines from stdin and writes one line for each to stdout, in order; empty lines stay empty.
 
-    Translation, continuation, sampling (decoding.method=sample), n-best. A score is the log-probability over the
-    length penalty. Outputs appear window by window.
+    Translation, sampling (decoding.method=sample), n-best; a language model writes what follows the line, without the
+    line. A score is the log-probability over the length penalty. Outputs appear window by window; a line break inside
+    an output is written as a space.
     """
     from trilemma import laws
     from trilemma.predictor import DEFAULT_WINDOW, load

@@ -78,7 +78,8 @@ class Prompts:
 
     def text(self, hypothesis: Hypothesis) -> str:
         """The text of an output; a line break inside becomes a space, so that one line stays one line."""
-        return " ".join(self.tokenizer.decode(hypothesis.tokens).splitlines())
+        text = self.tokenizer.decode(hypothesis.tokens)
+        return text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ")
 
     def _request(
         self, ids: list[int], decoding: DecodingConfig, index: int, beyond_training: bool
