@@ -122,6 +122,29 @@ def test_plugins_may_stand_anywhere_before_two_dashes() -> None:
     assert rest == ["verify", "x", "--", "--plugin", "c"]
 
 
+PLUGIN = """
+from trilemma.mixers.attention import Attention
+from trilemma.registry import register_mixer
+
+
+@register_mixer("from-a-file")
+class FromAFile(Attention):
+    pass
+"""
+
+
+def test_a_plugin_s_mixer_is_there_for_the_verb(tmp_path: Path) -> None:
+    file = tmp_path / "plugin.py"
+    file.write_text(PLUGIN)
+    code = "import sys; from trilemma.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    shown = python(code, "verify", "from-a-file", "--plugin", str(file), "--law", "nonsense")
+    assert shown.returncode == 2
+    assert "nonsense" in shown.stderr
+    assert "unknown mixer" not in shown.stderr
+    without = python(code, "verify", "from-a-file", "--law", "cost")
+    assert 'unknown mixer "from-a-file"' in without.stderr
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     code = f"{sys.executable} -m trilemma --help; echo status=$? >&2"
     command = f"({code}) | true"
@@ -179,7 +202,12 @@ def test_json_is_one_strict_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_lazy_names_of_the_package() -> None:
     import trilemma
 
-    assert trilemma.available_mixers() == sorted(trilemma.available_mixers())
+    assert {"attention", "retention"} <= set(trilemma.available_mixers())
+    assert trilemma.build_mixer("attention", d_model=8, num_heads=2).d_model == 8
+    assert callable(trilemma.train)
+    assert callable(trilemma.load)
+    assert callable(trilemma.laws.check)
+    assert trilemma.build_model({"vocab_size": 9, "d_model": 8, "num_heads": 2}).layout == "encoder-decoder"
     assert set(trilemma.__all__) <= set(dir(trilemma))
     with pytest.raises(AttributeError, match="nonsense"):
         trilemma.nonsense  # noqa: B018

@@ -89,9 +89,12 @@ def _print(found: dict[str, list[Report]]) -> None:
     console.print(table)
     console.print("worst: the largest error met, as a share of what is allowed; -: the law says nothing", style="dim")
     for reports in found.values():
-        for report in reports:
-            for result in report.failures:
-                print(f"\n{report.subject}: the law of {result.law} does not hold")
+        for law in laws:
+            broken = [report for report in reports if report[law].outcome == "fail"]
+            if broken:
+                result, others = broken[0][law], len(broken) - 1
+                also = f" (nor in {others} more of its variants)" if others else ""
+                print(f"\n{broken[0].subject}: the law of {law} does not hold{also}")
                 print(f"  {result.reason}\n  in case: {result.case}\n  again:   {result.reproduce}")
     for reports in found.values():
         for report in reports[:1]:
