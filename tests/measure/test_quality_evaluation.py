@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from trilemma.config import RunConfig, merge, parse
-from trilemma.data import IGNORE, Dataset, make_prompt, prepare
+from trilemma.data import IGNORE, Dataset, prepare
 from trilemma.decode import Prompts
 from trilemma.errors import ConfigError, DataError, LengthError
 from trilemma.measure import evaluation, quality
@@ -178,14 +178,26 @@ def test_outputs_are_compared_with_references(tmp_path: Path) -> None:
     assert "BLEU is counted over characters: Thai is written without spaces between words" in notes
 
 
-def test_prompts_are_those_of_training(tmp_path: Path) -> None:
-    for overrides in ({}, {"model__layout": "decoder-only"}):
-        _, dataset, config = setup(tmp_path, {"train": PAIRS}, **overrides)
-        prompts = Prompts(dataset.tokenizer, config)
-        for source, _ in PAIRS:
-            expected = make_prompt(dataset.tokenizer, config.data.task, config.model.layout, source)
-            found = prompts.context(dataset.tokenizer.encode(source))
-            assert (found.source, found.prompt) == (expected.source, expected.tokens)
+@pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only"])
+def test_prompts_are_those_of_training(tmp_path: Path, layout: str) -> None:
+    """What a training row holds before its first scored label is what decoding starts from."""
+    model, dataset, config = setup(tmp_path, {"train": PAIRS, "test": PAIRS}, model__layout=layout)
+    prompts = Prompts(dataset.tokenizer, config.model_copy(update={"model": model.config}))
+    seen = 0
+    for batch in dataset.eval_batches("test"):
+        for row, example in enumerate(batch.examples):
+            found = prompts.context(dataset.tokenizer.encode(PAIRS[example][0]))
+            given = int((batch.labels[row] != IGNORE).long().argmax()) + 1
+            assert found.prompt == batch.inputs[row, :given].tolist()
+            if batch.source is None:
+                assert found.source is None
+                assert batch.prefix is not None
+                assert given == int(batch.prefix[row])
+            else:
+                assert batch.source_lengths is not None
+                assert found.source == batch.source[row, : batch.source_lengths[row]].tolist()
+            seen += 1
+    assert seen == len(PAIRS)
 
 
 def test_split_texts_are_the_datasets(tmp_path: Path) -> None:
