@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from trilemma.errors import ConfigError, TrilemmaError, nearest
@@ -76,15 +77,23 @@ def load_plugin(path: str | Path) -> list[str]:
 
     A file that was loaded before is not run again. One that fails leaves nothing behind.
 
+    Args:
+        path: FILE, or FILE:CLASS for a mixer class that its file does not register: its name is then its `name`
+            attribute, or the class's own name in lower case.
+
     Raises:
         ConfigError: no such file, no Python, no mixer in it, a name that is taken, or whatever its code raises.
     """
-    file = Path(path)
+    file, class_name = Path(path), ""
+    if not file.is_file() and ":" in file.name:
+        text, _, class_name = str(path).rpartition(":")
+        file = Path(text)
     if not file.is_file():
         raise ConfigError(f"plug-in {file}: no such file")
     place = file.resolve()
-    if place in _PLUGINS:
-        return list(_PLUGINS[place])
+    key = Path(f"{place}:{class_name}") if class_name else place
+    if key in _PLUGINS:
+        return list(_PLUGINS[key])
     _discover()
     name = f"trilemma_plugin_{len(_PLUGINS)}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, place)
@@ -95,6 +104,8 @@ def load_plugin(path: str | Path) -> list[str]:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+        if class_name:
+            _register_class(module, class_name)
         if _MIXERS.keys() == before.keys():
             raise ConfigError("registers no mixer; decorate a Mixer subclass with @register_mixer(name)")
     except Exception as error:
@@ -103,8 +114,19 @@ def load_plugin(path: str | Path) -> list[str]:
         del sys.modules[name]
         text = str(error) if isinstance(error, TrilemmaError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"plug-in {file}{_line_in(place, error)}: {text}") from error
-    _PLUGINS[place] = sorted(_MIXERS.keys() - before.keys())
-    return list(_PLUGINS[place])
+    _PLUGINS[key] = sorted(_MIXERS.keys() - before.keys())
+    return list(_PLUGINS[key])
+
+
+def _register_class(module: ModuleType, class_name: str) -> None:
+    """Registers a class of a plug-in file that the file does not register itself."""
+    base = importlib.import_module("trilemma.mixers.base").Mixer
+    classes = {name: item for name, item in vars(module).items() if isinstance(item, type) and issubclass(item, base)}
+    if class_name not in classes:
+        raise ConfigError(f'holds no mixer class "{class_name}"{nearest(class_name, classes)}')
+    cls = classes[class_name]
+    if cls not in _MIXERS.values():
+        register_mixer(cls.__dict__.get("name") or class_name.lower())(cls)
 
 
 def _line_in(file: Path, error: Exception) -> str:

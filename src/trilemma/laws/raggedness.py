@@ -24,7 +24,8 @@ def raggedness(subject: Subject) -> None:
         _nothing_but_padding(case)
         _no_positions(case)
         if not subject.reads_memory:
-            _packing(case)
+            for together in (False, True):
+                _packing(case, together)
         if subject.carries_state:
             _waiting_rows(case)
 
@@ -98,11 +99,10 @@ def _no_positions(case: Case) -> None:
         raise ViolationError(f"a call of no positions gives none; found shape {tuple(y.shape)}", "y")
 
 
-def _packing(case: Case) -> None:
+def _packing(case: Case, together: bool) -> None:
     """Rows of several sequences, with padding behind and lengths given together with the segments."""
     rows, length = case.integer(1, 3), case.integer(3, 24)
     segments, lengths = _draw_segments(case, rows, length)
-    together = case.flip()
     spare = segments.clone()
     if together:  # lengths alone then say what is padding; the numbers beyond go on or are -1
         spare = torch.where(segments < 0, segments.amax(1, keepdim=True), segments) if case.flip() else segments

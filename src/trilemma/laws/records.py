@@ -132,6 +132,7 @@ def require(
     Raises:
         LawError: a law does not hold.
     """
+    device = torch.device(device).type
     names = sorted({mixer if isinstance(mixer, str) else mixer.name for mixer in mixers})
     found = {}
     for name in names:

@@ -83,4 +83,8 @@ def _factory(cls: type[Mixer], variant: dict[str, Any]) -> Callable[[], Mixer]:
 
 
 def _plugin(cls: type[Mixer]) -> str:
-    return f" --plugin {inspect.getsourcefile(cls)}" if is_plugin(cls) else ""
+    if not is_plugin(cls):
+        return ""
+    file = inspect.getsourcefile(cls)
+    # The same words also load a class that its file registers.
+    return f" --plugin {file}:{cls.__qualname__}"
