@@ -181,8 +181,8 @@ def test_outputs_are_compared_with_references(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only"])
 def test_prompts_are_those_of_training(tmp_path: Path, layout: str) -> None:
     """What a training row holds before its first scored label is what decoding starts from."""
-    model, dataset, config = setup(tmp_path, {"train": PAIRS, "test": PAIRS}, model__layout=layout)
-    prompts = Prompts(dataset.tokenizer, config.model_copy(update={"model": model.config}))
+    _, dataset, config = setup(tmp_path, {"train": PAIRS, "test": PAIRS}, model__layout=layout)
+    prompts = Prompts(dataset.tokenizer, config)
     seen = 0
     for batch in dataset.eval_batches("test"):
         for row, example in enumerate(batch.examples):
