@@ -100,7 +100,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
 
 def _take_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Splits off `--plugin FILE` and `--plugin=FILE`, which may stand anywhere before `--`."""
+    """Splits off `--plugin FILE[:CLASS]` and `--plugin=FILE[:CLASS]`, which may stand anywhere before `--`."""
     plugins: list[str] = []
     rest: list[str] = []
     queue = list(arguments)
@@ -122,7 +122,7 @@ def _take_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _help() -> str:
     width = max(len(name) for name in VERBS)
     verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
-    return f"""Usage: trilemma [--plugin FILE]... VERB [ARGUMENTS]...
+    return f"""Usage: trilemma [--plugin FILE[:CLASS]]... VERB [ARGUMENTS]...
 
 Which sequence architecture, and at what price? Quality, training cost and
 inference cost, measured on your own data under one budget.
@@ -131,9 +131,9 @@ Verbs (trilemma VERB --help says more):
 {verbs}
 
 Options:
-  --plugin FILE  a Python file that registers mixers; may be repeated
-  --version      print the version
-  -h, --help     print this page
+  --plugin FILE[:CLASS]  a Python file with a mixer of yours; may be repeated
+  --version              print the version
+  -h, --help             print this page
 
 A verb takes section.key=value overrides where it reads a config, and --json
 for one machine-readable last line."""
