@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trilemma.data.order import hash_values, permutation, raw_bits, uniform
-from trilemma.data.plan import PairPlan, Part, StreamPlan, cut, draw_epoch
+from trilemma.data.plan import PairPlan, Part, StreamPlan, cut, draw_epoch, even, whole_rows
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=120)
 
@@ -58,17 +58,20 @@ def test_streams_of_random_numbers_differ() -> None:
 
 
 @given(pairs=lengths, budget=st.integers(80, 400))
-def test_cut_is_greedy_and_within_the_budget(pairs: list[tuple[int, int]], budget: int) -> None:
+def test_cut_takes_round_numbers_of_rows_within_the_budget(pairs: list[tuple[int, int]], budget: int) -> None:
     first, second = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
     borders = cut(first, second, budget)
 
     def padded(low: int, high: int) -> int:
-        return int((high - low) * (first[low:high].max() + second[low:high].max()))
+        return int((high - low) * (even(first[low:high].max()) + even(second[low:high].max())))
 
     assert borders[0] == 0 and borders[-1] == len(pairs) and (np.diff(borders) > 0).all()
     for low, high in itertools.pairwise(borders):
-        assert padded(low, high) <= budget
-        assert high == len(pairs) or padded(low, high + 1) > budget
+        rows = int(high - low)
+        assert padded(low, high) <= budget or rows == 1
+        most = next((more for more in range(rows, len(pairs) - low + 1) if padded(low, low + more) > budget), None)
+        if high < len(pairs):  # the last batch takes what is left
+            assert most is not None and rows == max(1, whole_rows(most - 1))
 
 
 @given(pairs=lengths, seed=st.integers(0, 99), epochs=st.integers(1, 3))
@@ -106,11 +109,21 @@ def test_a_far_epoch_costs_no_more_than_the_first() -> None:
     assert len(plan._epochs) <= 2
 
 
-@pytest.mark.parametrize("budget", [2048, 4096, 8192])
-def test_padding_is_at_most_five_per_cent(budget: int) -> None:
+@pytest.mark.parametrize(("budget", "most"), [(2048, 0.05), (4096, 0.05), (8192, 0.065)])
+def test_padding_is_about_five_per_cent(budget: int, most: float) -> None:
+    """Of this, 3 points are the price of even lengths (see `whole_rows`)."""
     first, second = like_multi30k(29_000, seed=1)
-    share = PairPlan(first, second, whole(len(first)), 1, budget).padding()
-    assert 0 < share <= 0.05, f"{share:.1%}"
+    plan = PairPlan(first, second, whole(len(first)), 1, budget)
+    assert 0 < plan.padding() <= most, f"{plan.padding():.1%}"
+
+
+def test_batches_have_few_sizes() -> None:
+    """What a CPU's kernels are prepared for is rows * length."""
+    first, second = like_multi30k(29_000, seed=1)
+    plan = PairPlan(first, second, whole(len(first)), 1, 4096)
+    batches = [plan.examples(k) for k in range(plan.batches())]
+    sizes = {len(batch) * int(even(side[batch].max())) for batch in batches for side in (first, second)}
+    assert len(sizes) <= 50
 
 
 def test_planted_defect_batches_without_buckets_pad_much_more() -> None:

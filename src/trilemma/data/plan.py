@@ -51,8 +51,10 @@ def length_order(first: Indices, second: Indices, groups: int) -> Indices:
 
     Groups of similar `first`; inside a group by `second`, upwards and downwards in turn so that group borders are
     smooth.
-    Equal lengths keep their (shuffled) order; the sequence of lengths depends on the lengths alone.
+    Lengths count as they are padded, by `even`; equal ones keep their (shuffled) order, so that the sequence of lengths
+    is the same in every epoch while the examples change places.
     """
+    first, second = even(first), even(second)
     borders = np.quantile(first, np.arange(1, groups) / groups, method="lower") if groups > 1 else np.zeros(0)
     group = np.searchsorted(np.unique(borders), first, side="left")
     sign = np.where(group % 2 == 0, 1, -1)
