@@ -151,15 +151,10 @@ class KVCache(State):
 
     def select(self, rows: Tensor) -> KVCache:
         """Rows of a new batch; a cache of unequal rows is tightened to the longest."""
-        # Only what was read is copied; the rest of the room stays zero.
-        keys = self.keys.new_zeros(len(rows), *self.keys.shape[1:])
-        values = self.values.new_zeros(len(rows), *self.values.shape[1:])
-        bound = self.bound
         if torch.is_grad_enabled():
             keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         else:
-            keys[:, :, :bound] = self.keys[:, :, :bound].index_select(0, rows)
-            values[:, :, :bound] = self.values[:, :, :bound].index_select(0, rows)
+            keys, values = (_rows_read(tensor, rows, self.bound) for tensor in (self.keys, self.values))
         chosen = replace(self, keys=keys, values=values, lengths=self.lengths.index_select(0, rows))
         return chosen if self.uniform else chosen._tightened()
 
@@ -249,6 +244,14 @@ class RingCache(State):
         if bool((counts < 0).any()) or bool((taken > spare).any()) or bool((counts > self.lengths).any()):
             raise CapabilityError(f"at most {spare} tokens, and no more than were read, can be taken back")
         return replace(self, lengths=updated(self.lengths, self.lengths - counts), taken=updated(self.taken, taken))
+
+
+def _rows_read(room: Tensor, rows: Tensor, bound: int) -> Tensor:
+    """[len(rows), H, K, D]: the rows of `room` up to `bound`, zero beyond; each element is written once."""
+    chosen = room.new_empty(len(rows), *room.shape[1:])
+    chosen[:, :, :bound] = room[:, :, :bound].index_select(0, rows)
+    chosen[:, :, bound:] = 0
+    return chosen
 
 
 def _longest(lengths: Tensor) -> int:
