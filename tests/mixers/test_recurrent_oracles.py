@@ -1,0 +1,68 @@
+"""LSTM and GRU against their equations written out, token by token, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from trilemma.mixers.gru import GRU
+from trilemma.mixers.lstm import LSTM
+
+ROWS, LENGTH, D_MODEL, HIDDEN = 2, 9, 6, 5
+
+
+def lstm_by_hand(mixer: LSTM, x: Tensor) -> Tensor:
+    """c_t = s(f) c + s(i) tanh(g), h_t = s(o) tanh(c_t); torch orders the gates i, f, g, o."""
+    kernel = mixer.kernel
+    h = c = torch.zeros(len(x), mixer.hidden, dtype=x.dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        gates = kernel.weight_ih_l0 @ x[:, t].T + (kernel.bias_ih_l0 + kernel.bias_hh_l0)[:, None]
+        i, f, g, o = (gates + kernel.weight_hh_l0 @ h.T).T.chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    y = torch.stack(outputs, dim=1)
+    return y if mixer.out is None else mixer.out(y)
+
+
+def gru_by_hand(mixer: GRU, x: Tensor) -> Tensor:
+    """n = tanh(W x + b + r (U h + c)), h_t = (1 - z) n + z h; torch orders the gates r, z, n."""
+    kernel = mixer.kernel
+    h = torch.zeros(len(x), mixer.hidden, dtype=x.dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        r_x, z_x, n_x = (x[:, t] @ kernel.weight_ih_l0.T + kernel.bias_ih_l0).chunk(3, dim=1)
+        r_h, z_h, n_h = (h @ kernel.weight_hh_l0.T + kernel.bias_hh_l0).chunk(3, dim=1)
+        r, z = (r_x + r_h).sigmoid(), (z_x + z_h).sigmoid()
+        n = (n_x + r * n_h).tanh()
+        h = (1 - z) * n + z * h
+        outputs.append(h)
+    y = torch.stack(outputs, dim=1)
+    return y if mixer.out is None else mixer.out(y)
+
+
+@pytest.mark.parametrize("hidden", [None, HIDDEN])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_whole_sequences_and_gradients(kind: str, hidden: int | None) -> None:
+    mixer = (LSTM(D_MODEL, hidden=hidden) if kind == "lstm" else GRU(D_MODEL, hidden=hidden)).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(ROWS, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
+    want = lstm_by_hand(mixer, x) if isinstance(mixer, LSTM) else gru_by_hand(mixer, x)
+    got, _ = mixer(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+    weights = torch.randn_like(want)
+    wanted = torch.autograd.grad((want * weights).sum(), [x, *mixer.parameters()])
+    found = torch.autograd.grad((got * weights).sum(), [x, *mixer.parameters()])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_the_forget_gate_starts_open() -> None:
+    """Its bias, torch's two summed, is 1; the others are 0."""
+    mixer = LSTM(D_MODEL, hidden=HIDDEN, forget_bias=1.0)
+    bias = mixer.kernel.bias_ih_l0 + mixer.kernel.bias_hh_l0
+    assert torch.equal(bias, torch.tensor([0.0] * HIDDEN + [1.0] * HIDDEN + [0.0] * 2 * HIDDEN))
