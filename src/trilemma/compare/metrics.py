@@ -35,6 +35,11 @@ class Metric:
     from_sums: Callable[[Array], Array]  # sums [..., width] -> metric [...]
 
     @property
+    def is_proportion(self) -> bool:
+        """Whether it is the percentage of documents that are right."""
+        return self.unit == "%"
+
+    @property
     def title(self) -> str:
         """Name and unit, for table heads and axes."""
         return f"{self.label}, {self.unit}" if self.unit else self.label

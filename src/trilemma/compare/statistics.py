@@ -29,10 +29,11 @@ _CHUNK = 256  # replicates drawn at once: bounds memory at _CHUNK * documents co
 
 @dataclass(frozen=True)
 class Sample:
-    """One candidate's measurements: `values` [seeds], `replicates` [replicates, seeds] over resampled documents."""
+    """One candidate's measurements: `values` [seeds], `replicates` [replicates, seeds] over resampled `documents`."""
 
     values: Array
     replicates: Array
+    documents: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def resample(
     result, first = {}, 0
     for name, candidate in documents.items():
         last = first + len(candidate)
-        result[name] = Sample(whole[first:last], drawn[:, first:last])
+        result[name] = Sample(whole[first:last], drawn[:, first:last], size)
         first = last
     return result
 
@@ -116,8 +117,21 @@ def interval(sample: Sample, metric: Metric, seed: int = 0) -> Interval:
         draws = draws + spread * np.random.default_rng(seed).standard_t(seeds - 1, size=len(draws))
     tail = (1.0 - LEVEL) / 2.0
     low, high = np.quantile(draws, [tail, 1.0 - tail])
+    mean = float(sample.values.mean())
+    if metric.is_proportion:
+        # Near 0 and 100 % resampling sees no variation at all; Wilson's interval is the least that can be claimed.
+        wilson = wilson_interval(mean, sample.documents)
+        low, high = min(low, wilson[0]), max(high, wilson[1])
     clipped = np.clip([low, high], metric.low, metric.high)
-    return Interval(float(sample.values.mean()), float(clipped[0]), float(clipped[1]), seeds, seeds > 1)
+    return Interval(mean, float(clipped[0]), float(clipped[1]), seeds, seeds > 1)
+
+
+def wilson_interval(percent: float, documents: int) -> tuple[float, float]:
+    """95 % interval, in percent, of a share found on so many documents (Wilson 1927)."""
+    share, spread = percent / 100.0, 1.959964**2 / documents
+    half = np.sqrt(spread * share * (1.0 - share) + spread**2 / 4.0)
+    low, high = (100.0 * (share + spread / 2.0 + side * half) / (1.0 + spread) for side in (-1.0, 1.0))
+    return float(low), float(high)
 
 
 def compare_pair(samples: Mapping[str, Sample], first: str, second: str, seed: int = 0) -> PairTest:

@@ -133,6 +133,8 @@ def result_table(report: Report) -> Table:
         f"{'higher' if metric.higher_is_better else 'lower'} is better. Training time is the median over seeds; "
         "ms per token and state of one sequence at the longest context measured."
     )
+    if not all(row.quality.interval.seeds_counted for row in report.candidates):
+        caption += " With one seed, the interval speaks about the choice of test examples only."
     return Table("results", caption, header, rows, data_header, data)
 
 

@@ -45,7 +45,7 @@ def _one_triangle(axes: Axes, row: CandidateResult, report: Report, look: Look, 
     title = label(row.name) + (" (reference)" if row.name == report.reference else "")
     axes.set_title(title, color=look.color, loc="center")
     texts = _corner_texts(row, report)
-    places = {"quality": (0.0, 1.06, "bottom"), "training": (-0.95, -0.58, "top"), "inference": (0.95, -0.58, "top")}
+    places = {"quality": (0.0, 1.08, "bottom"), "training": (-0.95, -0.58, "top"), "inference": (0.95, -0.58, "top")}
     for name, (x, y, base) in places.items():
         axes.text(x, y, texts[name], ha="center", va=base, fontsize=8, color="#222222", linespacing=1.25)
     axes.set_xlim(-1.5, 1.5)
@@ -61,7 +61,8 @@ def _grid(axes: Axes, reach: float) -> None:
         axes.plot(xs, ys, color=GREY if step == 0 else "#d4d4d4", lw=1.6 if step == 0 else 0.6, zorder=1)
         name = f"×{2**step}" if step >= 0 else f"×1/{2**-step}"
         place = _radius(step, reach)
-        axes.text(0.02, place + 0.015, name, fontsize=6, color=GREY, zorder=4, ha="left", va="bottom")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        axes.text(-0.05, place - 0.01, name, fontsize=6, color=GREY, zorder=4, ha="right", va="center", bbox=box)
     for angle in _ANGLES.values():
         x, y = _polar(1.0, angle)
         axes.plot([0, x], [0, y], color="#d4d4d4", lw=0.6, zorder=1)

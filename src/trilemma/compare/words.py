@@ -42,6 +42,16 @@ def budget(lock: str, value: float) -> str:
     return f"{amount(value)} {_UNITS[lock]} for each run"
 
 
+def verdicts(tests: Sequence[PairTest], rows: Mapping[str, CandidateResult], metric: Metric, scale: str) -> list[str]:
+    """A sentence for each pair; a single one where no pair has seeds enough."""
+    if len(tests) > 1 and all(test.p is None for test in tests):
+        names = dict.fromkeys(name for test in tests for name in (test.first, test.second))
+        fewest = min(test.seeds for test in tests)
+        return [f"{', '.join(names)}: no verdict: {_too_few(fewest)} ({scale})."]
+    tested = sum(test.p is not None for test in tests)
+    return [verdict(test, rows, metric, tested, scale) for test in tests]
+
+
 def verdict(test: PairTest, rows: Mapping[str, CandidateResult], metric: Metric, pairs: int, scale: str) -> str:
     """One sentence on one pair. `scale` (the tested size and budget) stands in every one of them."""
     first, second = rows[test.first], rows[test.second]
