@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,12 @@ class State:
 
     Floating-point tensors are the payload; integer tensors (lengths, indices) are book-keeping and are not counted in
     `nbytes`.
+
+    Attributes:
+        growing: axis of a tensor, besides the rows, whose size is the State's own and not the mixer's.
     """
+
+    growing: ClassVar[dict[str, int]] = {}
 
     def clone(self) -> Self:
         """An independent copy: running one never changes the other."""
@@ -184,11 +189,14 @@ def load_state(template: State, path: str | Path) -> State:
         return _filled(template, "", tensors, {name: int(value) for name, value in numbers.items()})
     except ValueError:
         raise CheckpointError(f"{path}: book-keeping holds something that is no number") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _filled(state: State, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, int]) -> State:
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
+            _check_shape(name, value, tensors[name], state.growing.get(name.removeprefix(prefix), 0))
             # Aligned memory of its own: kernels choose by address, and other kernels give other bits.
             return tensors[name].to(value.device, copy=True)
         if isinstance(value, State):
@@ -200,3 +208,12 @@ def _filled(state: State, prefix: str, tensors: dict[str, Tensor], numbers: dict
         return numbers[name] if isinstance(value, int) else value
 
     return replace(state, **{f.name: convert(f"{prefix}{f.name}", getattr(state, f.name)) for f in fields(state)})
+
+
+def _check_shape(name: str, wanted: Tensor, found: Tensor, growing: int) -> None:
+    """Rows, and the growing axis, are the file's; all other sizes are the mixer's."""
+    sizes = enumerate(zip(wanted.shape, found.shape, strict=True))
+    if any(want != have for axis, (want, have) in sizes if axis not in (0, growing)):
+        raise CheckpointError(
+            f"tensor {name} has the shape {list(found.shape)}, the template's is {list(wanted.shape)}"
+        )

@@ -6,6 +6,7 @@ Legend: B rows, H key-value heads, L length of the call, K keys returned, D head
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class KVCache(State):
         uniform: every row holds exactly `bound` tokens.
         fixed: made with a capacity: never grows by itself.
     """
+
+    growing: ClassVar[dict[str, int]] = {"keys": 2, "values": 2}
 
     keys: Tensor
     values: Tensor
