@@ -23,7 +23,12 @@ def tiny(layout: str = "encoder-decoder", **training: Any) -> dict[str, Any]:
         "name": "tiny",
         "seed": 3,
         "model": {"layout": layout, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32, "dropout": 0.2},
-        "data": {"task": task, "train": {"generated": "copy", "size": 200}, "context_length": 24},
+        "data": {
+            "task": task,
+            "train": {"generated": "copy", "size": 200},
+            "valid": {"generated": "copy", "size": 20},
+            "context_length": 24,
+        },
         "tokenizer": {"kind": "character"},
         "training": {
             "steps": 12,

@@ -1,8 +1,8 @@
 """A program that trains in forked children, so that killing one costs a fork and not an import of torch.
 
 It reads one JSON order a line and answers each with one JSON line. An order: "arguments" of `trilemma train`;
-optionally "kill_call" (SIGKILL before the n-th call to the disk), "kill_after" (seconds), "signals" ([seconds, number]
-pairs), "fail" ([k, errno] for the k-th call to the disk), "defect" (a fault planted into the product), "nan_at" (a
+optionally "kill_call" (SIGKILL before the n-th call to the disk), "kill_after_saves" (SIGKILL once n checkpoints were
+saved and the next is begun), "kill_after" (seconds), "signals" ([seconds, number] pairs), "fail" ([k, errno] for the k-th call to the disk), "defect" (a fault planted into the product), "nan_at" (a
 backward pass). The answer: the exit code, the seconds it took, and what the disk was doing when the kill landed.
 """
 
@@ -33,7 +33,7 @@ PRIMITIVES = ("open", "read", "write", "truncate", "sync", "close", "rename", "m
 
 def watch_disk(order: dict[str, Any], report: int) -> None:
     """Counts the calls that change something; at the ordered one, reports what is going on and kills this process."""
-    count = 0
+    count, saves = 0, 0
     saving = False
     real = files.Disk()
 
@@ -44,13 +44,13 @@ def watch_disk(order: dict[str, Any], report: int) -> None:
 
     def wrapped(name: str) -> Any:
         def call(*arguments: Any) -> Any:
-            nonlocal count, saving
-            if name in ("make_folder", "rename"):
-                path = str(arguments[-1])
-                if "checkpoints" in path:
-                    saving = name == "make_folder" and ".partial" in path
+            nonlocal count, saves, saving
+            path = str(arguments[-1])
+            if name in ("make_folder", "rename") and "checkpoints" in path:
+                saving = name == "make_folder" and ".partial" in path
+                saves += saving
             count += name not in ("read", "close")
-            if count == order.get("kill_call"):
+            if count == order.get("kill_call") or (saving and saves > order.get("kill_after_saves", count)):
                 os.write(report, json.dumps({"call": name, "saving": saving}).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             if name in ("write", "sync", "rename") and count == order.get("fail", [0, 0])[0]:
