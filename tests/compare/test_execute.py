@@ -183,7 +183,7 @@ def test_report_only_redraws_and_prints(tmp_path: Path, capsys: pytest.CaptureFi
     arguments = ["compare", "-", "--out", str(tmp_path), "--report-only", "--price-per-hour", "2", "--json"]
     assert main(arguments) == 0
     *table, last = capsys.readouterr().out.strip().splitlines()
-    assert any(line.startswith("transformer (reference)") for line in table)
+    assert any(line.startswith("transformer *") for line in table)
     assert any("no verdict: 1 seed, three are needed" in line for line in table)
     assert f"report: {tmp_path / 'report.html'}" in table
     values = json.loads(last)

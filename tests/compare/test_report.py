@@ -127,7 +127,7 @@ def test_a_ranking_that_flips_is_called_unstable(tmp_path: Path) -> None:
     slow = {"a": Fake(losses=(3.0, 2.5, 2.0, 1.0)), "b": Fake(losses=(2.5, 2.2, 2.0, 1.5))}
     report = analysed(write_study(tmp_path / "flip", slow))
     assert report.stability.rankings == {"quarter": ["b", "a"], "half": ["b", "a"], "full": ["a", "b"]}
-    assert report.stability.text.startswith("Ranking unstable: b led a earlier and trails at the full budget.")
+    assert report.stability.text.startswith("Ranking unstable: b led a earlier and trails later.")
     steady = analysed(write_study(tmp_path / "steady", TWO))
     assert steady.stability.text.startswith("The order by validation loss is the same at a quarter and half")
 
@@ -166,7 +166,7 @@ def test_what_is_unequal_is_listed(tmp_path: Path) -> None:
         "all: runs were trained on different data (their data hashes differ)",
         "all: seed 1: candidates did not see the examples in the same order",
         "all: environment: cpu differs between runs: a CPU / another CPU",
-        "b: ran with seeds [1, 2, 9], the study's are [1, 2, 3]",
+        "b: finished with seeds [1, 2, 9] of [1, 2, 3]",
         "transformer: spent +10.0% off the locked tokens (worst seed)",
     ):
         assert expected in texts

@@ -32,7 +32,7 @@ def command(
     from trilemma.compare.execute import run_study
     from trilemma.compare.records import StudyDirectory
     from trilemma.compare.report import json_line, write_report
-    from trilemma.compare.tables import printable, result_table, text_table
+    from trilemma.compare.tables import printable, summary_table
     from trilemma.config import load_study
 
     if price_per_hour is not None and price_per_hour <= 0:
@@ -42,9 +42,7 @@ def command(
     else:
         directory = run_study(load_study(study, overrides), out, _command(), say)
     report = write_report(directory, price_per_hour)
-    table = result_table(report)
-    print(text_table(table.header, table.rows))
-    print()
+    print(f"{summary_table(report)}\n")
     for line in [report.withheld] if report.withheld else report.verdicts:
         print(printable(line))
     print(f"\nreport: {directory.path / 'report.html'}", flush=True)

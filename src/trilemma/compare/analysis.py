@@ -19,7 +19,7 @@ from trilemma.compare.metrics import Metric, metric_named
 from trilemma.compare.records import Documents, Inequality, RunRecord, StudyRecord
 from trilemma.compare.results import CandidateResult, Control, Corner, Quality, Report, SideBySide, SweepPoint, Training
 from trilemma.compare.statistics import Sample, compare_all, compare_pair, interval, resample
-from trilemma.config import MixerSpec, ModelConfig
+from trilemma.config import MixerSpec, ModelConfig, StudyConfig
 from trilemma.errors import CheckpointError
 
 
@@ -126,6 +126,7 @@ def _row(
         curve=curve_of(name, runs, lock),
         corners={},
         price=_price(training, inference, price),
+        runs=[run.planned.name for run in runs],
     )
 
 
@@ -264,6 +265,23 @@ def _environment(runs: Sequence[RunRecord]) -> dict[str, str]:
     return {key: " / ".join(dict.fromkeys(values)) for key, values in found.items()}
 
 
+def _unequal_seeds(study: StudyConfig, groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
+    found = []
+    for candidate in study.candidates:
+        wanted = sorted(candidate.seeds or study.seeds)
+        got = sorted(run.planned.seed for run in groups.get(candidate.name, ()))
+        if not got:
+            text = "has no finished run: it is left out of this report"
+        elif got != wanted:
+            text = f"finished with seeds {got} of {wanted}"
+        elif len(wanted) != len(study.seeds):
+            text = f"ran with {len(wanted)} seeds, the study asks for {len(study.seeds)}"
+        else:
+            continue
+        found.append(Inequality(candidate.name, text))
+    return found
+
+
 def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
     """What the finished runs themselves show to be unequal."""
     found = []
@@ -278,14 +296,7 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
     signatures = dict.fromkeys(_documents(run).signature for runs in groups.values() for run in runs)
     if len(signatures) > 1:
         found.append(Inequality("all", f"metric signatures differ: {' / '.join(signatures)}"))
-    seeds = {name: sorted(run.planned.seed for run in runs) for name, runs in groups.items()}
-    wanted = set(record.study.seeds)
-    for candidate in record.study.candidates:
-        got = seeds.get(candidate.name)
-        if got is None:
-            found.append(Inequality(candidate.name, "has no finished run: it is left out of this report"))
-        elif set(got) != wanted:
-            found.append(Inequality(candidate.name, f"ran with seeds {got}, the study's are {sorted(wanted)}"))
+    found += _unequal_seeds(record.study, groups)
     lock = record.study.budget.lock
     for name, runs in groups.items():
         for key in ("tokens", "seconds", "flops"):

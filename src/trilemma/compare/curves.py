@@ -118,8 +118,12 @@ def _stability_text(curves: Sequence[Curve], rankings: dict[str, list[str]], fli
         return "One candidate: there is no ranking."
     unknown = [share for share in SHARES if share not in rankings]
     if flips:
-        seen = dict.fromkeys((flip.ahead, flip.behind) for flip in flips)
-        pairs = "; ".join(f"{ahead} led {behind} earlier and trails at the full budget" for ahead, behind in seen)
+        passed: dict[str, dict[str, None]] = {}
+        for flip in flips:
+            passed.setdefault(flip.ahead, {})[flip.behind] = None
+        pairs = "; ".join(
+            f"{ahead} led {', '.join(others)} earlier and trails later" for ahead, others in passed.items()
+        )
         text = f"Ranking unstable: {pairs}. More training may change the order again."
     elif "full" in rankings and len(rankings) > 1:
         shares = " and ".join(f"a {share}" if share == "quarter" else share for share in rankings if share != "full")

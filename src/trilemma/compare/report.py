@@ -178,6 +178,7 @@ def _candidate(row: CandidateResult, report: Report) -> dict[str, Any]:
         },
         "valid_loss_at_share": row.curve.at_share,
         "price": row.price or None,
+        "runs": [f"runs/{name}" for name in row.runs],
     }
 
 

@@ -67,6 +67,7 @@ class CandidateResult:
     curve: Curve
     corners: dict[str, Corner]
     price: dict[str, float]  # train, per_million_tokens; empty without a price
+    runs: list[str]  # names of its run directories, seed by seed
 
 
 @dataclass(frozen=True)

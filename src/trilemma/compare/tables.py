@@ -93,10 +93,51 @@ def _all_rows(report: Report) -> list[CandidateResult]:
     return [*report.candidates, *report.controls]
 
 
+def best_first(report: Report) -> list[CandidateResult]:
+    """Candidates by quality, then the controls."""
+    ranked = sorted(
+        report.candidates, key=lambda row: row.quality.interval.mean, reverse=report.metric.higher_is_better
+    )
+    return [*ranked, *report.controls]
+
+
+def summary_table(report: Report) -> str:
+    """The results as the terminal shows them: what fits in about a hundred columns."""
+    metric = report.metric
+    header = [
+        "candidate",
+        "parameters",
+        f"{metric.title} (95 % interval)",
+        "seeds",
+        "training",
+        "ms per token",
+        "state",
+    ]
+    rows = []
+    for row in best_first(report):
+        found, context = row.quality.interval, _longest(row)
+        cost = "-" if context is None or row.inference is None else shown(row.inference.ms_per_token[context])
+        state = "-" if context is None or row.inference is None else size(row.inference.state_bytes[context])
+        mark = " *" if row.name == report.reference else ""
+        quality = f"{metric.format(found.mean)} ({metric.format(found.low)} to {metric.format(found.high)})"
+        rows.append(
+            [
+                *(f"{row.name}{mark}", amount(row.parameters["total"]), quality, str(found.seeds)),
+                *(duration(row.training.seconds), cost, state),
+            ]
+        )
+    contexts = {context for row in report.candidates if (context := _longest(row)) is not None}
+    note = f"* reference; ms per token and state after {max(contexts):,} tokens" if contexts else "* reference"
+    return f"{text_table(header, rows)}\n{note}"
+
+
+def _longest(row: CandidateResult) -> int | None:
+    return max(row.inference.ms_per_token) if row.inference and row.inference.ms_per_token else None
+
+
 def result_table(report: Report) -> Table:
     """The table that answers the question: best quality first, with intervals and both costs."""
     metric = report.metric
-    best_first = sorted(report.candidates, key=lambda row: row.quality.interval.mean, reverse=metric.higher_is_better)
     header = ["candidate", "mixer", "layout", "parameters (non-embedding)", metric.title, "95 % interval", "seeds"]
     header += ["training", "tokens/s", "ms per token", "state"]
     data_header = ["candidate", "role", "mixer", "layout", "parameters", "non_embedding_parameters", metric.name]
@@ -107,9 +148,9 @@ def result_table(report: Report) -> Table:
         data_header += ["price_train", "price_per_million_tokens"]
     rows: list[list[str]] = []
     data: list[list[Cell]] = []
-    for row in [*best_first, *report.controls]:
+    for row in best_first(report):
         found, inference = row.quality.interval, row.inference
-        context = max(inference.ms_per_token) if inference and inference.ms_per_token else None
+        context = _longest(row)
         ms = inference.ms_per_token[context] if inference and context else None
         state = inference.state_bytes[context] if inference and context else None
         label = f"{row.name} (reference)" if row.name == report.reference else row.name
@@ -217,23 +258,24 @@ def training_table(report: Report) -> Table:
 
 
 def inference_table(report: Report) -> Table:
-    """Cost of a token by context."""
+    """Cost of a token by context: a column for each context to read, a row for each cell in the data."""
+    measured = [row.inference for row in report.candidates if row.inference is not None]
+    contexts = sorted({context for curve in measured for context in curve.ms_per_token})
     rows: list[list[str]] = []
     data: list[list[Cell]] = []
-    for row in report.candidates:
-        if row.inference is None:
-            continue
-        for context, cost in row.inference.ms_per_token.items():
-            state = row.inference.state_bytes[context]
-            rows.append([row.name, f"{context:,}", "1", shown(cost), size(state)])
-            data.append([row.name, context, 1, cost, state])
-        for batch, curve in row.inference.batched.items():
-            for context, cost in curve.items():
-                rows.append([row.name, f"{context:,}", str(batch), shown(cost), "-"])
-                data.append([row.name, context, batch, cost, None])
-    caption = "Time of one decoding step, and the bytes that one sequence keeps, after `context` tokens."
-    header = ["candidate", "context", "batch", "ms per step", "state"]
+    for curve in measured:
+        for batch, costs in {1: curve.ms_per_token, **curve.batched}.items():
+            states = curve.state_bytes if batch == 1 else {}
+            cells = [_cost_cell(costs.get(context), states.get(context)) for context in contexts]
+            rows.append([curve.name, str(batch), *cells])
+            data += [[curve.name, context, batch, cost, states.get(context)] for context, cost in costs.items()]
+    caption = "ms of one decoding step after so many tokens, and the state that one sequence then keeps."
+    header = ["candidate", "batch", *(f"{context:,} tokens" for context in contexts)]
     return Table("inference", caption, header, rows, ["candidate", "context", "batch", "ms", "state_bytes"], data)
+
+
+def _cost_cell(cost: float | None, state: float | None) -> str:
+    return shown(cost) if state is None else f"{shown(cost)} ms, {size(state)}"
 
 
 def stability_table(report: Report) -> Table:
