@@ -106,15 +106,22 @@ def test_both_controls_passing_leaves_the_verdicts(tmp_path: Path) -> None:
     ],
 )
 def test_a_failed_control_withholds_every_verdict(tmp_path: Path, again: Fake, gap: Fake, why: str) -> None:
-    directory = write_study(tmp_path, {**TWO, "again": again, "gap": gap}, roles=ROLES)
-    report = write_report(directory)
+    report = analysed(write_study(tmp_path, {**TWO, "again": again, "gap": gap}, roles=ROLES))
     assert report.verdicts == []
     assert report.withheld.startswith("No verdict is printed, because a control failed.")
     assert why in report.withheld
+
+
+def test_withheld_verdicts_stand_on_no_page(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, {**TWO, "gap": Fake(accuracy=0.9)}, roles=ROLES)
+    write_report(directory)
     values = loaded(directory)
-    assert values["verdicts"] == [] and values["pairs"][0]["separated"] is None
+    assert values["verdicts"] == []
+    assert values["pairs"][0]["separated"] is None
     for page in ("report.html", "report.md"):
-        assert "is better than" not in (tmp_path / page).read_text(encoding="utf-8")
+        text = (tmp_path / page).read_text(encoding="utf-8")
+        assert "is better than" not in text
+        assert "No verdict is printed" in text
 
 
 def test_a_control_with_too_few_seeds_cannot_be_judged(tmp_path: Path) -> None:
@@ -258,10 +265,10 @@ class Elements(HTMLParser):
         self.attributes += [(tag, key, value or "") for key, value in attrs]
 
 
-@pytest.fixture
-def hostile(tmp_path: Path) -> StudyDirectory:
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
     directory = write_study(
-        tmp_path,
+        tmp_path_factory.mktemp("hostile"),
         {NASTY_NAME: Fake(output=HOSTILE), HOSTILE: Fake(accuracy=0.5, output="]]> {{ 7*7 }} {% x %}")},
         study={"name": HOSTILE},
         source=HOSTILE,

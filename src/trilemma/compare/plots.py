@@ -38,7 +38,7 @@ def all_plots(report: Report) -> list[Plot]:
             "triangle",
             "The triangle",
             f"Each corner on a logarithmic scale against the reference ({report.reference}, grey): outward is better, "
-            "rings are factors of two. Raw values stand beside.",
+            "the rings are equal factors. Raw values stand beside.",
             draw_triangle,
         ),
         ("quality", "Quality", "Mean over seeds with its 95 % interval; small marks are single seeds.", draw_quality),

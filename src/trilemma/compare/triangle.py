@@ -53,16 +53,15 @@ def _one_triangle(axes: Axes, row: CandidateResult, report: Report, look: Look, 
 
 
 def _grid(axes: Axes, reach: float) -> None:
-    """Rings at factors of two (of four, sixteen where the range is wide), named along the upward spoke."""
+    """Rings at factors of two (of four, sixteen where the range is wide); those above the reference are named."""
     stride = max(1, round(reach / 2))
     steps = sorted({0, *range(stride, int(reach) + 1, stride), *range(-stride, -int(reach) - 1, -stride)})
     for step in steps:
-        xs, ys = _outline([_radius(step, reach)] * 3)
-        axes.plot(xs, ys, color=GREY if step == 0 else "#d4d4d4", lw=1.6 if step == 0 else 0.6, zorder=1)
-        name = f"×{2**step}" if step >= 0 else f"×1/{2**-step}"
         place = _radius(step, reach)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-        axes.text(-0.05, place - 0.01, name, fontsize=6, color=GREY, zorder=4, ha="right", va="center", bbox=box)
+        xs, ys = _outline([place] * 3)
+        axes.plot(xs, ys, color=GREY if step == 0 else "#d4d4d4", lw=1.6 if step == 0 else 0.6, zorder=1)
+        if step >= 0:
+            axes.text(-0.05, place, f"×{2**step}", fontsize=6, color=GREY, zorder=1.2, ha="right", va="center")
     for angle in _ANGLES.values():
         x, y = _polar(1.0, angle)
         axes.plot([0, x], [0, y], color="#d4d4d4", lw=0.6, zorder=1)
