@@ -2,8 +2,9 @@
 
 It reads one JSON order a line and answers each with one JSON line. An order: "arguments" of `trilemma train`;
 optionally "kill_call" (SIGKILL before the n-th call to the disk), "kill_after_saves" (SIGKILL once n checkpoints were
-saved and the next is begun), "kill_after" (seconds), "signals" ([seconds, number] pairs), "fail" ([k, errno] for the k-th call to the disk), "defect" (a fault planted into the product), "nan_at" (a
-backward pass). The answer: the exit code, the seconds it took, and what the disk was doing when the kill landed.
+saved and the next is begun), "kill_after" (seconds), "signals" ([seconds, number] pairs), "fail" ([k, errno] for the
+k-th call to the disk), "defect" (a fault planted into the product). The answer: the exit code, the seconds it took, and
+what the disk was doing when the kill landed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import trilemma.train.api  # noqa: F401
 from trilemma.cli.main import main
 from trilemma.registry import available_mixers
 from trilemma.runs import files
-from trilemma.train import loop, objective
+from trilemma.train import loop
 from trilemma.train.optimizer import Optimizer
 
 PRIMITIVES = ("open", "read", "write", "truncate", "sync", "close", "rename", "make_folder", "remove", "remove_folder")
@@ -71,17 +72,6 @@ def plant(order: dict[str, Any]) -> None:
         Optimizer.set_step = lambda self, number: None  # type: ignore[method-assign]
     elif defect is not None:
         raise ValueError(defect)
-    if "nan_at" in order:
-        real = objective.backward
-        seen = 0
-
-        def poisoned(*arguments: Any) -> torch.Tensor:
-            nonlocal seen
-            seen += 1
-            loss = real(*arguments)
-            return loss * float("nan") if seen == order["nan_at"] else loss
-
-        objective.backward = poisoned
 
 
 def child(order: dict[str, Any], report: int) -> None:
