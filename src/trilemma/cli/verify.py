@@ -51,13 +51,16 @@ def command(
     seed = secrets.randbelow(2**31) if seed is None else seed
     say(f"seed {seed}, level {level}")
     found: dict[str, list[Report]] = {}
+    prints = {name: {path: laws.fingerprint(name, path, device) for path in records.PATHS} for name in chosen}
     for name in chosen:
         found[name] = laws.verify(
             name, laws=law, level=level, seed=seed, variant=variant, device=device, progress=_progress
         )
     ok = all(report.ok for reports in found.values() for report in reports)
     if record and ok:
-        records.write_shipped({name: records.records_of(name, reports, device) for name, reports in found.items()})
+        records.write_shipped(
+            {name: records.records_of(prints[name], reports, device) for name, reports in found.items()}
+        )
         say(f"records written to {records.SHIPPED}")
     if json:
         plain = {name: [report.to_dict() for report in reports] for name, reports in found.items()}

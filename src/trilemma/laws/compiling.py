@@ -23,8 +23,8 @@ _STEPS = 6
 def compiling(subject: Subject) -> None:
     """Whole calls with and without padding, and steps in place, as one graph each.
 
-    Level quick traces whole calls (dynamo alone) and steps (`aot_eager`, which also checks the writes in place); level
-    full compiles both with inductor.
+    Whole calls are traced by dynamo alone, steps with `aot_eager`, which also checks the writes in place. Level full
+    compiles with inductor: the first variant and one that the seed picks (a minute each), all when run one by one.
     """
     declared = subject.example.compiles
     if declared is not True:
@@ -37,12 +37,13 @@ def compiling(subject: Subject) -> None:
 
 
 def _compile(subject: Subject) -> None:
+    inductor = subject.full and subject.slow
     for case in subject.cases("compile", torch.float32, 1, 1):
         torch.compiler.reset()
         try:
-            _whole(case, "inductor" if subject.full else "eager")
+            _whole(case, "inductor" if inductor else "eager")
             if subject.carries_state:
-                _steps(case, "inductor" if subject.full else "aot_eager")
+                _steps(case, "inductor" if inductor else "aot_eager")
         except RuntimeError as error:
             if not isinstance(error, _dynamo().exc.TorchDynamoException):
                 raise

@@ -44,8 +44,9 @@ def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
     files |= {Path(source) for cls in bases if (source := inspect.getsourcefile(cls)) is not None}
     public_version = torch.__version__.partition("+")[0]
     digest = hashlib.sha256(f"{path}/{device}/{public_version}".encode())
-    for file in sorted(files, key=lambda file: file.name):
-        digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
+    contents = sorted((file.name, file.read_bytes()) for file in files)  # names repeat: ops/attention, mixers/attention
+    for file_name, content in contents:
+        digest.update(f"\n{file_name}\n".encode() + content)
     return digest.hexdigest()
 
 
@@ -74,9 +75,9 @@ def record(
     return _record(print_of, path, device, reports)
 
 
-def records_of(name: str, reports: list[Report], device: str = "cpu") -> dict[str, dict[str, Any]]:
-    """The record of each path from the reports of a run over all laws."""
-    return {path: _record(fingerprint(name, path, device), path, device, reports) for path in PATHS}
+def records_of(prints: dict[str, str], reports: list[Report], device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """The record of each path from the reports of a run over all laws; `prints`: path -> fingerprint before the run."""
+    return {path: _record(print_of, path, device, reports) for path, print_of in prints.items()}
 
 
 def laws_of(path: str) -> list[str]:
