@@ -390,7 +390,10 @@ def test_a_source_is_given_where_it_is_read() -> None:
             call(built(layout="decoder-only"))
     with pytest.raises(CapabilityError, match=r"^an encoder-only model reads its inputs"):
         built(layout="encoder-only")(ids, source=ids)
-    with pytest.raises(CapabilityError, match=r"^packed rows are for decoder-only and encoder-only models$"):
+    with pytest.raises(
+        CapabilityError,
+        match=r"^packed rows hold several sequences; an encoder-decoder model reads one sequence a row$",
+    ):
         built()(ids, source=ids, segments=torch.zeros_like(ids))
 
 
@@ -398,7 +401,9 @@ def test_a_classifier_takes_no_packed_rows() -> None:
     """One vector a row cannot stand for several sequences."""
     model = built(layout="encoder-only", num_labels=2)
     assert isinstance(model, EncoderOnly)
-    with pytest.raises(CapabilityError, match=r"^a classifier reads one sequence a row, not packed ones$"):
+    with pytest.raises(
+        CapabilityError, match=r"^packed rows hold several sequences; a classifier reads one sequence a row$"
+    ):
         model(torch.ones(1, 2, dtype=torch.int64), segments=torch.zeros(1, 2, dtype=torch.int64))
 
 

@@ -67,7 +67,6 @@ class SequenceModel(nn.Module, ABC):
         weight = self.embedding.tokens.weight if self.output is None else self.output.weight
         return nn.functional.linear(hidden, weight, self.logit_bias)
 
-    @abstractmethod
     def forward(
         self,
         inputs: Tensor,
@@ -92,7 +91,35 @@ class SequenceModel(nn.Module, ABC):
         Returns:
             hidden [B, L, d_model] after the final norm; `head` makes logits of it. A classifier returns one vector a
             row, [B, d_model].
+
+        Raises:
+            CapabilityError: a missing or superfluous source, packed rows where the layout has none.
+            ValueError: lengths or source of another number of rows.
         """
+        if segments is not None and not self._packs():
+            raise CapabilityError(f"packed rows hold several sequences; {self._what()} reads one sequence a row")
+        memory = self._memory(len(inputs), source, source_lengths)
+        ragged = _ragged(inputs, lengths, prefix if self.config.prefix else None, segments)
+        x, _ = self.embedding(inputs, None, ragged, types)
+        hidden, _ = self.stack(x, memory, ragged)
+        return self._pooled(hidden, ragged)
+
+    def _memory(self, rows: int, source: Tensor | None, source_lengths: Tensor | None) -> TupleState | None:
+        """What the decoder's layers read of the source; None for a layout without an encoder."""
+        if source is not None:
+            raise CapabilityError(f"{self._what()} has no encoder: put the source before the target")
+        return None
+
+    def _packs(self) -> bool:
+        """Whether rows may hold several sequences."""
+        return True
+
+    def _pooled(self, hidden: Tensor, ragged: Ragged | None) -> Tensor:
+        """[B, L, d_model] -> what `head` reads."""
+        return hidden
+
+    def _what(self) -> str:
+        return f"a{'n' if self.layout.startswith('e') else ''} {self.layout} model"
 
     def prefill(
         self,
@@ -138,9 +165,7 @@ class SequenceModel(nn.Module, ABC):
         rewind: int = 0,
     ) -> ModelState:
         """A State that has read the source, if the layout has one, and no token."""
-        if source is not None:
-            raise CapabilityError(f"a {self.layout} model has no encoder: put the source into the prompt")
-        return self._empty_state(rows, None, capacity, rewind)
+        return self._empty_state(rows, self._memory(rows, source, source_lengths), capacity, rewind)
 
     def step(self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """Reads more tokens.
@@ -218,25 +243,6 @@ class DecoderOnly(SequenceModel):
     def _role(self) -> str:
         return "decoder"
 
-    def forward(
-        self,
-        inputs: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
-        prefix: Tensor | None = None,
-        segments: Tensor | None = None,
-        types: Tensor | None = None,
-    ) -> Tensor:
-        """See `SequenceModel.forward`."""
-        if source is not None:
-            raise CapabilityError("a decoder-only model has no encoder: put the source before the target")
-        ragged = _ragged(inputs, lengths, prefix if self.config.prefix else None, segments)
-        x, _ = self.embedding(inputs, None, ragged, types)
-        hidden: Tensor = self.stack(x, None, ragged)[0]
-        return hidden
-
 
 class EncoderDecoder(SequenceModel):
     """An encoder that reads the source in both directions, and a decoder that attends to it."""
@@ -256,44 +262,17 @@ class EncoderDecoder(SequenceModel):
         encoded: Tensor = self.encoder(x, None, ragged)[0]
         return zero_padding(encoded, ragged.valid(source.shape[1]) if ragged is not None else None)
 
-    def forward(
-        self,
-        inputs: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
-        prefix: Tensor | None = None,
-        segments: Tensor | None = None,
-        types: Tensor | None = None,
-    ) -> Tensor:
-        """See `SequenceModel.forward`."""
-        if source is None:
-            raise CapabilityError("an encoder-decoder model needs a source")
-        if segments is not None:
-            raise CapabilityError("packed rows are for decoder-only and encoder-only models")
-        _check_rows(len(inputs), source)
-        memory = self.stack.memories(self.encode(source, source_lengths), source_lengths)
-        ragged = _ragged(inputs, lengths)
-        x, _ = self.embedding(inputs, None, ragged, types)
-        hidden: Tensor = self.stack(x, memory, ragged)[0]
-        return hidden
+    def _packs(self) -> bool:
+        return False
 
-    def begin(
-        self,
-        rows: int,
-        *,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
-        capacity: int | None = None,
-        rewind: int = 0,
-    ) -> ModelState:
-        """See `SequenceModel.begin`: the source is encoded once."""
+    def _memory(self, rows: int, source: Tensor | None, source_lengths: Tensor | None) -> TupleState:
         if source is None:
             raise CapabilityError("an encoder-decoder model needs a source")
-        _check_rows(rows, source)
-        memory = self.stack.memories(self.encode(source, source_lengths), source_lengths)
-        return self._empty_state(rows, memory, capacity, rewind)
+        if len(source) != rows:
+            raise ValueError(
+                f"{rows} rows need as many sources, found {len(source)}; State.select gives a source more rows"
+            )
+        return self.stack.memories(self.encode(source, source_lengths), source_lengths)
 
     def stacks(self) -> list[Stack]:
         """Encoder and decoder."""
@@ -328,31 +307,24 @@ class EncoderOnly(SequenceModel):
         logits: Tensor = self.output(hidden)
         return logits
 
-    def forward(
-        self,
-        inputs: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
-        prefix: Tensor | None = None,
-        segments: Tensor | None = None,
-        types: Tensor | None = None,
-    ) -> Tensor:
-        """See `SequenceModel.forward`."""
+    def _packs(self) -> bool:
+        return self.config.num_labels is None
+
+    def _what(self) -> str:
+        return super()._what() if self.config.num_labels is None else "a classifier"
+
+    def _memory(self, rows: int, source: Tensor | None, source_lengths: Tensor | None) -> None:
         if source is not None:
             raise CapabilityError("an encoder-only model reads its inputs; it has no separate source")
-        if segments is not None and self.config.num_labels is not None:
-            raise CapabilityError("a classifier reads one sequence a row, not packed ones")
-        ragged = _ragged(inputs, lengths, None, segments)
-        x, _ = self.embedding(inputs, None, ragged, types)
-        hidden: Tensor = self.stack(x, None, ragged)[0]
+
+    def _pooled(self, hidden: Tensor, ragged: Ragged | None) -> Tensor:
         if self.config.num_labels is None:
             return hidden
         if self.config.pooling == "first":
             return hidden[:, 0]
-        valid = ragged.valid(inputs.shape[1]) if ragged is not None else None
-        count = inputs.new_full((len(inputs), 1), inputs.shape[1]) if valid is None else valid.sum(1, keepdim=True)
+        rows, length, _ = hidden.shape
+        valid = ragged.valid(length) if ragged is not None else None
+        count = torch.full((rows, 1), length, device=hidden.device) if valid is None else valid.sum(1, keepdim=True)
         return zero_padding(hidden, valid).sum(1) / count.clamp(min=1).to(hidden.dtype)
 
     def begin(
@@ -386,13 +358,6 @@ def _embedding(config: ModelConfig) -> Embedding:
         config.dropout,
         config.norm_epsilon,
     )
-
-
-def _check_rows(rows: int, source: Tensor) -> None:
-    if len(source) != rows:
-        raise ValueError(
-            f"{rows} rows need as many sources, found {len(source)}; State.select gives a source more rows"
-        )
 
 
 def _ragged(
