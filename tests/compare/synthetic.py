@@ -13,6 +13,7 @@ import numpy as np
 from trilemma.compare.records import (
     Documents,
     Inequality,
+    Inference,
     InferencePoint,
     Plan,
     PlannedRun,
@@ -39,6 +40,7 @@ class Fake:
     state: float = 4096.0
     losses: tuple[float, ...] = (3.0, 2.0, 1.5, 1.2)  # at a quarter, half, three quarters, full
     output: str = "zwei"
+    unmeasured: Mapping[int, str] = field(default_factory=dict)
 
 
 def write_study(
@@ -117,7 +119,7 @@ def _write_run(
         InferencePoint(c, 1, fake.base_ms + fake.slope * c, fake.state + fake.state_per_token * c)
         for c in (128, 512, 2048)
     ]
-    directory.write_inference(run.name, points)
+    directory.write_inference(run.name, Inference(points, dict(fake.unmeasured)))
 
 
 def _summary(run: PlannedRun, fake: Fake) -> dict[str, Any]:

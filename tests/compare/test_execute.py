@@ -180,7 +180,7 @@ def test_mistakes_stop_a_study_before_anything_is_trained(
 
 def test_report_only_redraws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_study(study(), tmp_path, say=silent, train=Trainer())
-    arguments = ["compare", "-", "--out", str(tmp_path), "--report-only", "--price-per-hour", "2", "--json"]
+    arguments = ["compare", "--out", str(tmp_path), "--report-only", "--price-per-hour", "2", "--json"]
     assert main(arguments) == 0
     *table, last = capsys.readouterr().out.strip().splitlines()
     assert any(line.startswith("transformer *") for line in table)
@@ -196,6 +196,8 @@ def test_report_only_redraws_and_prints(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
         (["x.yaml", "--report-only"], "no study here"),
+        (["x.yaml", "seeds=[1]", "--report-only"], '"seeds=[1]" would change nothing'),
+        ([], "compare needs a study"),
         (["x.yaml", "--price-per-hour", "-1"], "a positive amount is needed, found -1"),
     ],
 )

@@ -164,12 +164,13 @@ def test_price_becomes_money(tmp_path: Path) -> None:
 
 
 def test_what_is_unequal_is_listed(tmp_path: Path) -> None:
-    directory = write_study(tmp_path, {**TWO, "b": Fake(seeds=(1, 2, 9))})
+    directory = write_study(tmp_path, {**TWO, "b": Fake(seeds=(1, 2, 9), unmeasured={8192: "too long"})})
     edit_summary(directory, "00-seed1", order_hash="other", data_hash="e" * 64, tokens=1_100_000)
     edit_summary(directory, "01-seed2", environment={"cpu": "another CPU"})
     texts = [f"{item.candidate}: {item.text}" for item in write_report(directory).inequalities]
     for expected in (
         "all: nothing of note",
+        "b: inference at 8,192 tokens was not measured: too long",
         "all: runs were trained on different data (their data hashes differ)",
         "all: seed 1: candidates did not see the examples in the same order",
         "all: environment: cpu differs between runs: a CPU / another CPU",

@@ -14,7 +14,9 @@ from trilemma.errors import ConfigError
 
 
 def command(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="what is compared, and under which budget")],
+    study: Annotated[
+        Path | None, typer.Argument(metavar="STUDY.yaml", help="what is compared, and under which budget")
+    ] = None,
     overrides: Overrides = None,
     out: Out = Path("study"),
     report_only: Annotated[
@@ -38,8 +40,12 @@ def command(
     if price_per_hour is not None and price_per_hour <= 0:
         raise ConfigError(f"--price-per-hour: a positive amount is needed, found {price_per_hour:g}")
     if report_only:
+        if overrides:
+            raise ConfigError(f'--report-only draws the study as it was run: "{overrides[0]}" would change nothing')
         directory = StudyDirectory(out)
     else:
+        if study is None:
+            raise ConfigError("compare needs a study: trilemma compare STUDY.yaml --out DIR")
         directory = run_study(load_study(study, overrides), out, _command(), say)
     report = write_report(directory, price_per_hour)
     print(f"{summary_table(report)}\n")

@@ -297,6 +297,9 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
     if len(signatures) > 1:
         found.append(Inequality("all", f"metric signatures differ: {' / '.join(signatures)}"))
     found += _unequal_seeds(record.study, groups)
+    for name, runs in groups.items():
+        for context, reason in {c: why for run in runs for c, why in run.inference.unmeasured.items()}.items():
+            found.append(Inequality(name, f"inference at {context:,} tokens was not measured: {reason}"))
     lock = record.study.budget.lock
     for name, runs in groups.items():
         for key in ("tokens", "seconds", "flops"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trilemma.compare.expand import Choice, Expansion, Job, choose_rate, expand, final_jobs, job, sweep_jobs
 from trilemma.compare.matching import skeleton
-from trilemma.compare.measuring import inference_points, measure_run, metric_of, score_run
+from trilemma.compare.measuring import measure_run, measured_inference, metric_of, score_run
 from trilemma.compare.records import Inequality, Plan, StudyDirectory, flatten
 from trilemma.compare.training import train_in_process
 from trilemma.config import StudyConfig
@@ -162,14 +162,11 @@ class _Execution:
             if planned.role != "candidate" or planned.candidate in seen:
                 continue
             seen.add(planned.candidate)
-            if self.directory.read_inference(planned.name) is None:
+            kept = self.directory.read_inference(planned.name)
+            if not set(self.study.contexts) <= kept.contexts:
                 self.say(f"measuring inference: {planned.candidate}")
                 rows = measure_run(self.directory.run_path(planned.name), self.study.contexts, self.study.batch_sizes)
-                self.directory.write_inference(planned.name, inference_points(rows))
-                for row in rows:
-                    if row["reason"]:
-                        text = f"inference at {row['context']:,} tokens was not measured: {row['reason']}"
-                        self.inequalities.append(Inequality(planned.candidate, text))
+                self.directory.write_inference(planned.name, measured_inference(rows))
 
     def _plan(self, jobs: Sequence[Job]) -> None:
         """Adds runs to the plan and keeps it."""

@@ -32,10 +32,10 @@ class Crossover:
 def inference_of(name: str, runs: Sequence[RunRecord]) -> InferenceCurve | None:
     """The curve of the first run that was measured: the cost does not depend on the seed."""
     for run in runs:
-        if run.inference:
-            single = {point.context: point for point in run.inference if point.batch == 1}
+        if run.inference.points:
+            single = {point.context: point for point in run.inference.points if point.batch == 1}
             batched: dict[int, dict[int, float]] = {}
-            for point in run.inference:
+            for point in run.inference.points:
                 if point.batch > 1:
                     batched.setdefault(point.batch, {})[point.context] = point.ms_per_token
             return InferenceCurve(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trilemma.compare.metrics import METRICS
-from trilemma.compare.records import Documents, InferencePoint, SampleOutput
+from trilemma.compare.records import Documents, Inference, InferencePoint, SampleOutput
 from trilemma.config import DataConfig, StudyConfig
 from trilemma.data import prepare
 from trilemma.errors import ConfigError, DataError, nearest
@@ -91,14 +91,15 @@ def measure_run(path: Path, contexts: Sequence[int], batch_sizes: Sequence[int])
     return measure_decode(run.model.to(device), sorted(contexts), sizes, max_seconds=_CELL_SECONDS)
 
 
-def inference_points(rows: Sequence[dict[str, Any]]) -> list[InferencePoint]:
+def measured_inference(rows: Sequence[dict[str, Any]]) -> Inference:
     """The measured rows. An encoder has no steps: its time to read a context is divided by the context's tokens."""
-    points = []
+    points, unmeasured = [], {}
     for row in rows:
         if row["reason"]:
+            unmeasured[row["context"]] = row["reason"]
             continue
         ms = row["ms_per_token"]
         if ms is None:
             ms = row["prefill_ms"] / row["context"]
         points.append(InferencePoint(row["context"], row["batch"], ms, row["state_bytes"] / row["batch"]))
-    return points
+    return Inference(points, unmeasured)

@@ -98,6 +98,19 @@ class InferencePoint:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """A run's inference cost; `unmeasured`: context -> why there is no point for it."""
+
+    points: list[InferencePoint] = field(default_factory=list)
+    unmeasured: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def contexts(self) -> set[int]:
+        """Contexts that were measured, or tried."""
+        return {point.context for point in self.points} | self.unmeasured.keys()
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A finished run, read from its directory. `summary` and `metrics` are the trainer's."""
 
@@ -106,7 +119,7 @@ class RunRecord:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     documents: Documents | None
-    inference: list[InferencePoint]
+    inference: Inference
 
 
 @dataclass(frozen=True)
@@ -201,19 +214,19 @@ class StudyDirectory:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.run_path(name) / DOCUMENTS}: not a test result: {error}") from None
 
-    def write_inference(self, name: str, points: list[InferencePoint]) -> None:
+    def write_inference(self, name: str, inference: Inference) -> None:
         """Keeps a run's inference cost."""
-        values = [dataclasses.asdict(point) for point in points]
-        RunDirectory.open(self.run_path(name)).publish({INFERENCE: to_json(values)})
+        RunDirectory.open(self.run_path(name)).publish({INFERENCE: to_json(dataclasses.asdict(inference))})
 
-    def read_inference(self, name: str) -> list[InferencePoint] | None:
-        """A run's inference cost; None where it was not measured."""
+    def read_inference(self, name: str) -> Inference:
+        """A run's inference cost; empty where it was not measured."""
         values = self._read_extra(name, INFERENCE)
         if values is None:
-            return None
+            return Inference()
         try:
-            return [InferencePoint(**point) for point in values]
-        except TypeError as error:
+            points = [InferencePoint(**point) for point in values["points"]]
+            return Inference(points, {int(context): str(why) for context, why in values["unmeasured"].items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.run_path(name) / INFERENCE}: not an inference cost: {error}") from None
 
     def _read_extra(self, name: str, file: str) -> Any:
@@ -244,7 +257,7 @@ class StudyDirectory:
             summary=run.read_summary(),
             metrics=run.read_metrics(),
             documents=self.read_documents(planned.name),
-            inference=self.read_inference(planned.name) or [],
+            inference=self.read_inference(planned.name),
         )
 
 
