@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _pop_mode_temporarily
 
 from trilemma.laws.calls import valid_tokens
 from trilemma.laws.case import Case
@@ -58,6 +60,14 @@ def _dynamo() -> Any:
     return importlib.import_module("torch._dynamo")
 
 
+def _outside_of_modes(compiled: Callable[..., Any], *arguments: Any) -> Any:
+    """A call without the context that places new tensors on a device: the tracer cannot follow it."""
+    if torch.get_default_device().type == "cpu":
+        return compiled(*arguments)
+    with _pop_mode_temporarily():
+        return compiled(*arguments)
+
+
 def _whole(case: Case, backend: str) -> None:
     """Forward and backward of whole sequences."""
     mixer = case.mixer
@@ -78,7 +88,7 @@ def _whole(case: Case, backend: str) -> None:
         state = case.begin(rows, memory) if isinstance(mixer, MemoryMixer) else None
         want, _ = case.run(x, state, ragged)
         state = case.begin(rows, memory) if isinstance(mixer, MemoryMixer) else None
-        got, _ = compiled(x, state, ragged, case.shared or None)
+        got, _ = _outside_of_modes(compiled, x, state, ragged, case.shared or None)
         case.close(got, want, "y", "a compiled call gives the plain call's outputs", valid)
         masked = weights * valid[..., None]
         wanted = case.gradients((want * masked).sum(), {"x": x})
@@ -102,7 +112,7 @@ def _steps(case: Case, backend: str) -> None:
         for number in range(3, _STEPS + 3):
             token = x[:, number : number + 1]
             want, plain = case.step(token, plain)
-            got, after = compiled(token, state, None, case.shared or None)
+            got, after = _outside_of_modes(compiled, token, state, None, case.shared or None)
             assert after is not None
             state = after
             case.close(got, want, "y", "compiled steps give the plain steps' outputs")

@@ -89,7 +89,7 @@ def poisoned_memory() -> Iterator[None]:
     _fresh.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

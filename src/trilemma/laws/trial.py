@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,9 +83,17 @@ def check(
     return Report(subject, seed, level, tuple(results))
 
 
-def _placed(device: str) -> AbstractContextManager[object]:
-    """New tensors live on `device`; nothing at all for the CPU, since torch's context keeps the compiler out."""
-    return nullcontext() if torch.device(device).type == "cpu" else torch.device(device)
+@contextmanager
+def _placed(device: str) -> Iterator[None]:
+    """New tensors live on `device`, and float32 is float32 there.
+
+    Nothing at all for the CPU, since torch's context keeps the compiler out.
+    """
+    if torch.device(device).type == "cpu":
+        yield
+        return
+    with torch.device(device), torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 def _try(name: str, subject: Subject, again: str) -> LawResult:
