@@ -118,7 +118,8 @@ class Origin:
         parts = [str(part) for part in location]
         for override in reversed(self.overrides):
             key = override.partition("=")[0].split(".")
-            if parts[: len(key)] == key:
+            shared = min(len(parts), len(key))  # the mistake may lie in what the override names, or above it
+            if parts[:shared] == key[:shared]:
                 return f'override "{override}"'
         node = yaml.compose(_text(self.path), Loader=_Loader)
         line = None

@@ -80,11 +80,16 @@ def check(
 
 
 def _guess_task(files: list[Path]) -> str:
-    """Two text files or tables are pairs; other text is for language models."""
+    """Two text files or tables are pairs; one text is for language models."""
     from trilemma.data.readers import file_format
 
     formats = {file_format(path) for path in files}
     if formats == {".txt"}:
+        if len(files) > 2:
+            raise ConfigError(
+                f"{len(files)} text files: say --task language-model, or give the two sides of the training data only, "
+                "and each side of the others by an option of its own (--valid val.en --valid val.de)"
+            )
         return "seq2seq" if len(files) == 2 else "language-model"
     return "seq2seq"
 

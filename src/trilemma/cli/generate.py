@@ -78,8 +78,8 @@ def command(
         raise ConfigError("--scores and --jsonl exclude each other: the JSON objects hold the scores")
     settings = decoding_settings(overrides or [], n_best)
     predictor = load(run, device=device, dtype=dtype)
+    several = predictor.decoding(**settings).n_best > 1 or n_best is not None  # names wrong keys before laws may run
     laws.require(predictor.model.mixers(), "plain", device=predictor.device, say=say)
-    several = predictor.decoding(**settings).n_best > 1 or n_best is not None
     size = window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW)
     style = "jsonl" if jsonl else "n-best" if several else "scores" if scores else "text"
     totals = Totals()
