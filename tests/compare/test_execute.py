@@ -145,6 +145,7 @@ def test_a_learning_rate_that_diverges_only_drops_out_of_the_sweep(tmp_path: Pat
     directory = run_study(asked, tmp_path, say=silent, train=trainer)
     report = analyse(directory.read())
     assert [point.learning_rate for point in report.sweep] == [1e-3, 2e-3]
+    assert report.sweep_notes["a"].endswith("; training failed at 0.004")
     with pytest.raises(TrainingError):
         run_study(study(), tmp_path / "final", say=silent, train=Trainer(1, TrainingError("the loss is nan")))
 

@@ -329,6 +329,8 @@ def choose_rate(losses: Mapping[float, float], widen: bool) -> Choice:
     text = f"{best:g} was best of {_rates(rates)}"
     if at_edge and not widen:
         text += "; it lies at the edge of what was tried, a better one may lie beyond"
+    if failed := [rate for rate in rates if rate not in finite]:
+        text += f"; training failed at {_rates(failed)}"
     if len(rates) == 1:
         text = f"{best:g} was the only one tried"
     return Choice(best, beyond if widen else None, text)

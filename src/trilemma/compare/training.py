@@ -6,29 +6,27 @@ the trainer leaves the study alive. `trilemma train --resume` goes on where an e
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from trilemma.errors import Interrupted, TrainingError
+from trilemma.errors import Interrupted, TrainingError, TrilemmaError
 from trilemma.registry import loaded_plugins
-
-_PARENT_DEATH = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def train_in_process(config: Path, out: Path) -> None:
     """Trains, or goes on with, the run in `out`; its progress goes to this process's stderr.
 
     Raises:
-        TrainingError: the trainer gave up; its message stands on stderr.
-        Interrupted: it was asked to stop, and saved its state.
+        TrainingError: the trainer gave up (a loss that is not a number, a full disk); its message stands on stderr.
+        Interrupted: it was asked to stop, and saved its state. TrilemmaError: it crashed.
     """
     plugins = [argument for plugin in loaded_plugins() for argument in ("--plugin", str(plugin))]
-    command = [sys.executable, "-m", "trilemma", *plugins, "train", str(config), "--out", str(out), "--resume"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=_end_with_parent) as child:
+    command = [sys.executable, "-m", "trilemma.compare.child", str(os.getpid()), *plugins]
+    command += ["train", str(config), "--out", str(out), "--resume"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
         try:
             code = child.wait()
         except KeyboardInterrupt:
@@ -40,11 +38,7 @@ def train_in_process(config: Path, out: Path) -> None:
             raise
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) or code < 0:
         raise Interrupted(f"{out}: training was stopped; run the same command again to go on", signal.SIGTERM)
+    if code == TrilemmaError.exit_code:
+        raise TrainingError(f"{out}: training failed; the reason stands above")
     if code != 0:
-        raise TrainingError(f"{out}: training failed (exit code {code}); its message stands above")
-
-
-def _end_with_parent() -> None:
-    """Linux: a study that is killed takes its trainer with it, which saves and ends, so that the run is free again."""
-    if sys.platform == "linux" and os.getppid() != 1:
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGTERM)
+        raise TrilemmaError(f"{out}: the trainer crashed (exit code {code}); what it said stands above")
