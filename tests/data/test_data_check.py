@@ -137,8 +137,10 @@ def test_command_line(corpus: dict[str, Path], capsys: pytest.CaptureFixture[str
 
 def test_several_files_are_named_with_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [write(tmp_path / f"{name}.txt", [b"same text", name.encode()]) for name in "abc"]
-    code, out, _ = run(capsys, *files)
+    code, out, _ = run(capsys, *files, "--task", "language-model")
     assert code == 0 and "b.txt:1" in out and "c.txt:1" in out
+    code, _, err = run(capsys, *files)  # two sides and a third file, or three texts?
+    assert code == 2 and err.startswith("trilemma: 3 text files: say --task language-model")
 
 
 @pytest.mark.parametrize(
