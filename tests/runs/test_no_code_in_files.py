@@ -38,9 +38,8 @@ def sites(tree: ast.AST) -> list[str]:
             names = [node.module or ""]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
             found.append(f"{node.lineno}: {node.func.id}()")
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) in FORBIDDEN_METHODS:
-                found.append(f"{node.lineno}: {node.value.id}.{node.attr}")
+        elif isinstance(node, ast.Attribute) and (ast.unparse(node.value), node.attr) in FORBIDDEN_METHODS:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
         found += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
     return found
 
@@ -58,7 +57,8 @@ def test_planted_defect_a_site_is_found(line: str) -> None:
     assert sites(ast.parse(line)) != []
 
 
-# What happens while a run is opened is heard by the interpreter itself. Imports are made before: what a file causes counts.
+# What happens while a run is opened is heard by the interpreter itself. A first run makes the imports, so that what
+# follows is caused by files.
 LISTENER = """
 import json, sys
 sys.path.insert(0, {tests!r})
@@ -75,7 +75,7 @@ HOOKED = ("pickle.find_class", "exec", "compile", "import", "socket.connect", "s
           "marshal.loads", "ctypes.dlopen", "code.__new__")
 def hook(event, arguments):
     if heard and event in HOOKED:
-        events.append([event, repr(arguments)[:200]])
+        events.append([event, repr(arguments)[:200], sys._getframe(1).f_code.co_filename])
 sys.addaudithook(hook)
 heard = True
 load_run({run!r})
@@ -99,9 +99,12 @@ def heard(tmp_path: Path, planted: str = "") -> list[list[str]]:
     return [event for event in events if not harmless(*event)]
 
 
-def harmless(event: str, arguments: str) -> bool:
-    """Imports of the standard library and of installed packages are not caused by a file's content."""
-    return event == "import" and "plugin" not in arguments
+def harmless(event: str, arguments: str, caller: str) -> bool:
+    """Late imports of installed packages, and annotations of our own source, which `typing` evaluates."""
+    if event in ("compile", "exec"):
+        return Path(caller).name == "typing.py" or "importlib" in caller
+    asks_for_the_commit = event == "subprocess.Popen" and arguments.startswith("('git', ['git', '-C'")
+    return asks_for_the_commit or (event == "import" and "plugin" not in arguments)
 
 
 @pytest.mark.slow
@@ -112,4 +115,9 @@ def test_loading_and_resuming_run_no_code(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_planted_defect_a_pickle_is_heard(tmp_path: Path) -> None:
     planted = "import pickle; from collections import OrderedDict; pickle.loads(pickle.dumps(OrderedDict))"
-    assert any(event == "pickle.find_class" for event, _ in heard(tmp_path, planted))
+    assert any(event[0] == "pickle.find_class" for event in heard(tmp_path, planted))
+
+
+@pytest.mark.slow
+def test_planted_defect_an_eval_is_heard(tmp_path: Path) -> None:
+    assert any(event[0] == "compile" for event in heard(tmp_path, "eval('1 + 1')"))

@@ -1,10 +1,16 @@
 """A program that trains in forked children, so that killing one costs a fork and not an import of torch.
 
-It reads one JSON order a line and answers each with one JSON line. An order: "arguments" of `trilemma train`;
-optionally "kill_call" (SIGKILL before the n-th call to the disk), "kill_after_saves" (SIGKILL once n checkpoints were
-saved and the next is begun), "kill_after" (seconds), "signals" ([seconds, number] pairs), "fail" ([k, errno] for the
-k-th call to the disk), "defect" (a fault planted into the product). The answer: the exit code, the seconds it took, and
-what the disk was doing when the kill landed.
+It reads one JSON order a line and answers each with one JSON line. An order: "arguments" of `trilemma train`; also
+
+    "kill_call": n            SIGKILL before the n-th call to the disk
+    "kill_after_saves": n     SIGKILL once n checkpoints were saved and the next is begun
+    "kill_after": seconds
+    "signals": [[seconds, number], ...]
+    "signal_call", "signal_batch": [n, number, times] at the n-th call to the disk, or micro-batch
+    "fail": [k, errno]        for the k-th call to the disk
+    "defect": name            a fault planted into the product
+
+The answer: the exit code, the seconds it took, and what the disk was doing when the kill landed.
 """
 
 from __future__ import annotations
@@ -54,6 +60,7 @@ def watch_disk(order: dict[str, Any], report: int) -> None:
             if count == order.get("kill_call") or (saving and saves > order.get("kill_after_saves", count)):
                 os.write(report, json.dumps({"call": name, "saving": saving}).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
+            strike_at("signal_call", count, order)
             if name in ("write", "sync", "rename") and count == order.get("fail", [0, 0])[0]:
                 raise OSError(order["fail"][1], os.strerror(order["fail"][1]))
             return getattr(real, name)(*arguments)
@@ -61,6 +68,28 @@ def watch_disk(order: dict[str, Any], report: int) -> None:
         return call
 
     files.disk = Watched()
+
+
+def strike_at(kind: str, count: int, order: dict[str, Any]) -> None:
+    """Sends this process the ordered signal, if its moment has come."""
+    moment, number, times = order.get(kind, [0, 0, 0])
+    if count == moment:
+        order.pop(kind)
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+
+def watch_batches(order: dict[str, Any]) -> None:
+    """Counts micro-batches, for signals in the middle of a step."""
+    real, count = loop.reseed, 0
+
+    def counted(*place: int) -> None:
+        nonlocal count
+        count += 1
+        strike_at("signal_batch", count, order)
+        real(*place)
+
+    loop.reseed = counted
 
 
 def plant(order: dict[str, Any]) -> None:
@@ -82,6 +111,7 @@ def child(order: dict[str, Any], report: int) -> None:
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     watch_disk(order, report)
+    watch_batches(order)
     plant(order)
     try:
         code = main(["train", *order["arguments"]])

@@ -1,4 +1,4 @@
-"""Several real processes under torchrun: the same losses as one, the same order, checkpoints that open on any number."""
+"""Several real processes under torchrun: the losses and the order of one; checkpoints open on any number."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""The verb: its one JSON line, its messages, what a person sees."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trilemma.cli.main import main
+from trilemma.train import progress
+
+Tiny = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    def to_file(config: dict[str, Any]) -> str:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        return str(tmp_path / "config.yaml")
+
+    return to_file
+
+
+def test_train_resume_and_the_json_line(
+    tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tiny_config(steps=4)), str(tmp_path / "run")
+    assert main(["train", file, "--out", out, "--json", "training.checkpoint_every=2"]) == 0
+    seen = capsys.readouterr()
+    (line,) = seen.out.splitlines()
+    assert (json.loads(line)["steps"], json.loads(line)["run"]) == (4, out)
+    assert "step 2  validation loss" in seen.err
+    assert "done: 4 steps" in seen.err
+    assert main(["train", file, "--out", out]) == 2
+    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert main(["train", out, "--resume", "training.steps=6"]) == 0
+    assert "resumed after step 4" in capsys.readouterr().err
+    assert main(["train", file, "--out", out, "--resume", "model.d_model=24"]) == 2
+    assert "model.d_model is 24, but the run was started with 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batch_tokenz=5", 'unknown key "training.batch_tokenz"; did you mean "batch_tokens"?'),
+        ("training.steps=many", "training.steps"),
+        ("model.layout=encoder-only", "needs model.layout encoder-decoder or decoder-only"),
+        ("model.mixer=atention", 'did you mean "attention"?'),
+        ("training.max_tokens=0", "training.max_tokens"),
+        ("model.positions=learned", "max_length"),
+    ],
+)
+def test_mistakes_are_one_message(
+    tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert main(["train", write(tiny_config()), "--out", str(tmp_path / "run"), override]) == 2
+    seen = capsys.readouterr().err
+    assert message in seen
+    assert "Traceback" not in seen
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_is_in_use(
+    tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tiny_config(steps=3)), tmp_path / "run"
+    assert main(["train", file, "--out", str(out)]) == 0
+    weights = out / "checkpoints" / "step-00000003" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["train", str(out), "--resume", "training.steps=5"]) == 2
+    assert re.search(r"step-00000003/model\.safetensors: altered", capsys.readouterr().err)
+    (out / ".lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    assert main(["train", str(out), "--resume", "training.steps=5"]) == 2
+    assert "in use by process 1 on elsewhere" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+RECORD = {"step": 20, "loss": 3.25, "learning_rate": 1e-3, "tokens_per_second": 12345.6}
+
+
+def test_one_line_on_a_terminal_and_plain_lines_elsewhere() -> None:
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        display = progress.Display(stream=stream)
+        display.step(RECORD, 100, 3700)
+        display.step({**RECORD, "step": 40}, 100, 61)
+        display.say("a message")
+        display.close()
+    assert terminal.getvalue().count("\r") >= 3
+    assert "step 40/100  loss 3.2500  lr 1.00e-03  12,346 tokens/s, 1 min 01 s left" in terminal.getvalue()
+    lines = pipe.getvalue().splitlines()
+    assert lines == ["step 20/100  loss 3.2500  lr 1.00e-03  12,346 tokens/s, 1 h 01 min left", "a message"]
+    quiet = io.StringIO()
+    progress.Display(quiet=True, stream=quiet).say("x")
+    assert quiet.getvalue() == ""
+
+
+def test_tensorboard_if_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
+    assert isinstance(progress.tracker("auto", tmp_path, 0), progress.NoTracker)
+    with pytest.raises(progress.ConfigError, match="pip install tensorboard"):
+        progress.tracker("on", tmp_path, 0)
