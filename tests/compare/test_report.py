@@ -21,6 +21,7 @@ from trilemma.compare.records import StudyDirectory
 from trilemma.compare.report import markdown_text, write_report
 from trilemma.compare.results import Report
 from trilemma.errors import CheckpointError
+from trilemma.runs import RunDirectory
 
 TWO = {
     "transformer": Fake(accuracy=0.9, slope=0.004, state_per_token=4096.0),
@@ -229,6 +230,14 @@ def test_an_altered_result_is_named_and_never_read(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"1.0", b"0.0", 1))
     with pytest.raises(CheckpointError, match=r"documents\.json"):
         analysed(directory)
+
+
+def test_the_first_form_of_an_inference_file_is_still_read(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    now = directory.read_inference("00-seed1")
+    points = json.dumps([dataclasses.asdict(point) for point in now.points]).encode()
+    RunDirectory.open(directory.run_path("00-seed1")).publish({"inference.json": points})
+    assert directory.read_inference("00-seed1") == now
 
 
 def test_runs_scored_on_different_documents_are_refused(tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ class StudyDirectory:
         values = self._read_extra(name, INFERENCE)
         if values is None:
             return Inference()
+        if isinstance(values, list):  # the first form of this file: points alone
+            values = {"points": values, "unmeasured": {}}
         try:
             points = [InferencePoint(**point) for point in values["points"]]
             return Inference(points, {int(context): str(why) for context, why in values["unmeasured"].items()})
