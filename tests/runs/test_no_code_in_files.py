@@ -13,12 +13,13 @@ import pytest
 import trilemma
 
 SOURCE = Path(trilemma.__file__).parent
-FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "zipfile", "tarfile", "runpy"}
+FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "zipfile", "tarfile"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_METHODS = {
     ("torch", "load"),
     ("torch", "save"),
     ("torch", "jit"),
+    ("runpy", "run_path"),
     ("yaml", "load"),
     ("yaml", "unsafe_load"),
     ("yaml", "full_load"),
@@ -40,8 +41,16 @@ def sites(tree: ast.AST) -> list[str]:
             found.append(f"{node.lineno}: {node.func.id}()")
         elif isinstance(node, ast.Attribute) and (ast.unparse(node.value), node.attr) in FORBIDDEN_METHODS:
             found.append(f"{node.lineno}: {ast.unparse(node)}")
+        if runs_a_variable_module(node):
+            found.append(f"{node.lineno}: runpy.run_module")
         found += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
     return found
+
+
+def runs_a_variable_module(node: ast.AST) -> bool:
+    """`runpy.run_module(x)` for any x but a name written in the source."""
+    called = isinstance(node, ast.Call) and ast.unparse(node.func) == "runpy.run_module"
+    return called and not (node.args and isinstance(node.args[0], ast.Constant))
 
 
 def test_no_source_file_reads_code() -> None:
@@ -51,7 +60,15 @@ def test_no_source_file_reads_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["import pickle", "from pickle import loads", "torch.load('x')", "eval('1')", "yaml.load(f)"]
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load('x')",
+        "eval('1')",
+        "yaml.load(f)",
+        "runpy.run_module(name)",
+    ],
 )
 def test_planted_defect_a_site_is_found(line: str) -> None:
     assert sites(ast.parse(line)) != []
