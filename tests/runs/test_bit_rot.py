@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -19,7 +20,7 @@ from trilemma.runs import RunDirectory
 from trilemma.runs.manifest import Manifest
 
 Make = Callable[[int], dict[str, Tensor]]
-FLIPS, TRUNCATIONS = 100, 20
+FLIPS, TRUNCATIONS = (1000, 200) if os.environ.get("TRILEMMA_NIGHTLY") else (100, 20)
 
 
 def loads(run: RunDirectory, make: Make) -> str | None:

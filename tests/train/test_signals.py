@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from trilemma.runs import RunDirectory
 from trilemma.runs.load import load_run
 
-SIGNALS = 15
+SIGNALS = 150 if os.environ.get("TRILEMMA_NIGHTLY") else 15
 Tiny = Callable[..., dict[str, Any]]
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
@@ -39,7 +40,8 @@ def test_signals_at_random_instants(
         run = RunDirectory(runner.folder / name)
         if answer["code"] == 128 + blow:
             landed, twice = landed + 1, twice + (times == 2)
-        if answer["code"] == 128 + blow and times == 1:
+        begun = "process(es)" in answer["log"]  # before that, Ctrl-C finds nothing to save
+        if answer["code"] == 128 + blow and times == 1 and begun:
             done = [record["step"] for record in run.read_metrics()] if run.exists() else []
             assert (run.latest_checkpoint() or 0) >= max(done, default=0), "more than the step in progress was lost"
             assert "Go on with: trilemma train" in answer["log"]
@@ -50,9 +52,9 @@ def test_signals_at_random_instants(
         assert (run.path / "model.safetensors").read_bytes() == reference, f"TRILEMMA_SEED={session_seed}: {name}"
     with capsys.disabled():
         print(f"\n{landed} of {SIGNALS} signals landed in time, {saved} of them saved a step, {twice} came twice")
-    assert landed >= 10
-    assert saved >= 6
-    assert twice >= 2
+    assert landed >= SIGNALS * 2 // 3
+    assert saved >= SIGNALS // 3
+    assert twice >= SIGNALS // 8
 
 
 def test_the_first_signal_saves_the_step_and_the_second_ends_at_once(runner: Any, tiny_config: Tiny) -> None:

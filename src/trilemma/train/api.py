@@ -71,7 +71,6 @@ def train(
     if data is not None:
         config = config.model_copy(update={"notes": {**config.notes, "data": "given from Python, not by this file"}})
     with ExitStack() as stack:
-        signals = stack.enter_context(listening())
         processes = stack.enter_context(started(config.training.device))
         _check_shares(config, processes)
         with processes.first_alone():
@@ -88,6 +87,8 @@ def train(
         follow = tracker(config.training.tensorboard, directory.path, step or 0) if processes.is_first else NoTracker()
         stack.callback(follow.close)
         stack.callback(display.close)
+        # from here on a signal is a request to save; until now there was nothing to save
+        signals = stack.enter_context(listening())
         trainer = Trainer(found.config, model, found.dataset, directory, processes, display, follow, signals, callbacks)
         _begin(trainer, step, resume)
         reason = trainer.run()

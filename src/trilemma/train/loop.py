@@ -170,8 +170,9 @@ class Trainer:
         """The gradients' norm before clipping; `TrainingError` if it or a loss is not finite."""
         bad = [item for item, loss in enumerate(losses) if not math.isfinite(loss)]
         limit = self.config.training.clip_norm
-        parameters = self.optimizer.parameters.values()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf, foreach=True))
+        parameters = [parameter for parameter in self.optimizer.parameters.values() if parameter.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm = float(total)
         if bad or not math.isfinite(norm):
             first = (number - 1) * len(losses)
             where = f"batch {first + bad[0]}" if bad else f"batches {first} to {first + len(losses) - 1}"
@@ -180,6 +181,8 @@ class Trainer:
                 f"step {number}: {what} in {where} (seed {self.config.seed}); no weight was changed, {self._kept()}. "
                 "Lower training.learning_rate, lengthen training.warmup_steps or set training.precision=float32"
             )
+        if limit is not None and norm > limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total, foreach=True)
         return norm
 
     # --- around the steps ---

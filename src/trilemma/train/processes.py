@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor
 from trilemma.errors import ConfigError
 
 _BUCKET_ELEMENTS = 8 << 20
+_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 tokenises; torchrun notices a dead one by itself
 
 
 class Processes:
@@ -101,7 +103,7 @@ def started(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(place)
     ours = world > 1 and not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         rank = dist.get_rank() if world > 1 else 0
         yield Processes(rank, world, place)
