@@ -119,7 +119,8 @@ def test_every_option_named_in_the_text_exists() -> None:
 def test_every_key_named_in_a_table_exists() -> None:
     for page in PAGES:
         text = prose(page.read_text(encoding="utf-8"))
-        for key in re.findall(r"`((?:model|data|tokenizer|training|decoding)\.(?!json|safetensors)[a-z_0-9]+)[`=]", text):
+        sections = "model|data|tokenizer|training|decoding"
+        for key in re.findall(rf"`((?:{sections})\.(?!json|safetensors)[a-z_0-9]+)[`=]", text):
             section, name = key.split(".")
             assert name in type(getattr(RunConfig(), section)).model_fields, f"{page.name} names {key}"
 
