@@ -2,7 +2,7 @@
 
     python benchmarks/store_study.py studies/multi30k multi30k
 
-Writes benchmarks/results/NAME/ (report.json, report.md's tables as CSV, study.yaml, plan.json) and docs/images/NAME-*.png.
+Writes benchmarks/results/NAME/ (report.json, study.yaml, plan.json, the tables as CSV) and docs/images/NAME-*.png.
 """
 
 from __future__ import annotations
