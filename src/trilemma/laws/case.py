@@ -17,9 +17,11 @@ from trilemma.mixers.base import MemoryMixer, Mixer
 from trilemma.ragged import Ragged
 from trilemma.state import State
 
-# What two lawful ways of computing one value may differ by, relative to the largest value of the tensor (or 1).
-# bfloat16 keeps eight bits; a norm of a head whose sum nearly cancels magnifies their rounding.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.15}
+# What two lawful ways of computing one value may differ by, relative to the largest value of the tensor (or 1). In
+# bfloat16, which keeps eight bits, thousands of random cases reached 0.02 in outputs and 0.12 in gradients: that of a
+# norm whose sum nearly cancels magnifies rounding.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.08}
+GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.4}
 
 # Values that padding may hold. NaN is the strictest: it survives multiplication by zero.
 GARBAGE = (math.nan, math.nan, 1e4, 0.0)
@@ -149,8 +151,16 @@ class Case:
 
     # Comparing.
 
-    def close(self, got: Tensor, want: Tensor, tensor: str, claim: str, valid: Tensor | None = None) -> None:
-        """Both [B, L, ...] agree within the type's tolerance where `valid` [B, L]; else a violation."""
+    def close(
+        self,
+        got: Tensor,
+        want: Tensor,
+        tensor: str,
+        claim: str,
+        valid: Tensor | None = None,
+        tolerance: float | None = None,
+    ) -> None:
+        """Both [B, L, ...] agree within a tolerance (None: the type's) where `valid` [B, L]; else a violation."""
         if got.shape != want.shape:
             raise ViolationError(f"{claim}: shape {tuple(got.shape)}, expected {tuple(want.shape)}", tensor)
         if valid is not None:
@@ -159,7 +169,7 @@ class Case:
         scale = max(1.0, float(want.abs().nan_to_num(0.0).max())) if want.numel() else 1.0
         errors = ((got - want).abs() / scale).nan_to_num(math.inf, math.inf, math.inf)
         error = float(errors.max()) if errors.numel() else 0.0
-        tolerance = TOLERANCE[self.dtype]
+        tolerance = tolerance or TOLERANCE[self.dtype]
         if error > tolerance:
             row, token = None, None
             if errors.ndim >= 2:
@@ -207,7 +217,8 @@ class Case:
             first, second = got[name], value
             if not per_token:
                 first, second = first.reshape(-1), second.reshape(-1)
-            self.close(first, second, f"gradient of {name}", claim)
+            tolerance = GRADIENT_TOLERANCE[self.dtype]
+            self.close(first, second, f"gradient of {name}", claim, tolerance=tolerance)
 
 
 def leaves_of(x: Tensor, memory: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
