@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported: pytest-xdist runs one process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,30 @@ _SLOW_MACHINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("fast", max_examples=10, deadline=None, suppress_health_check=_SLOW_MACHINE)
 settings.register_profile("ci", max_examples=25, deadline=None, suppress_health_check=_SLOW_MACHINE, print_blob=True)
 settings.register_profile("full", max_examples=300, deadline=None, suppress_health_check=_SLOW_MACHINE, print_blob=True)
+
+
+# Files whose tests start whole processes, train studies or draw reports: `make fast` leaves them out.
+SLOW_FILES = {
+    "cli/test_cli_generate.py",
+    "cli/test_cli_main.py",
+    "compare/test_execute.py",
+    "compare/test_report.py",
+    "runs/test_bit_rot.py",
+    "runs/test_disk_failures.py",
+    "runs/test_no_code_in_files.py",
+    "runs/test_power_cut.py",
+    "runs/test_run_lock.py",
+    "test_docs.py",
+    "train/test_distributed.py",
+    "train/test_kill_resume.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the slow files' tests."""
+    for item in items:
+        if str(item.path.relative_to(Path(__file__).parent)) in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config: pytest.Config) -> None:
