@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from trilemma.cli.main import main
-from trilemma.train import progress
+from trilemma.train import progress, train
 
 Tiny = Callable[..., dict[str, Any]]
 
@@ -69,14 +69,17 @@ def test_mistakes_are_one_message(
 def test_a_damaged_checkpoint_is_named_and_the_run_is_in_use(
     tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = write(tiny_config(steps=3)), tmp_path / "run"
+    file, out = write(tiny_config(steps=3, checkpoint_every=2)), tmp_path / "run"
     assert main(["train", file, "--out", str(out)]) == 0
     weights = out / "checkpoints" / "step-00000003" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     assert main(["train", str(out), "--resume", "training.steps=5"]) == 2
-    assert re.search(r"step-00000003/model\.safetensors: altered", capsys.readouterr().err)
+    seen = capsys.readouterr().err
+    assert re.search(
+        r"step-00000003/model\.safetensors: altered.*; to go on from step 2 instead, remove .*03$", seen, re.M
+    )
     (out / ".lock").write_text('{"pid": 1, "host": "elsewhere"}')
     assert main(["train", str(out), "--resume", "training.steps=5"]) == 2
     assert "in use by process 1 on elsewhere" in capsys.readouterr().err
@@ -112,3 +115,11 @@ def test_tensorboard_if_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch, t
     assert isinstance(progress.tracker("auto", tmp_path, 0), progress.NoTracker)
     with pytest.raises(progress.ConfigError, match="pip install tensorboard"):
         progress.tracker("on", tmp_path, 0)
+
+
+def test_tensorboard_follows_where_it_is_installed(tiny_config: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(tiny_config(steps=2, tensorboard="auto"), out=tmp_path / "run", quiet=True)
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"learning_rate" in events.read_bytes()
+    assert b"valid_loss" in events.read_bytes()

@@ -82,7 +82,12 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or foreign. DataError: the data are not those that it was trained on.
         """
-        record = self.directory.load_checkpoint(step, model_tensors(self.model), self.optimizer.tensors())
+        try:
+            record = self.directory.load_checkpoint(step, model_tensors(self.model), self.optimizer.tensors())
+        except CheckpointError as error:
+            earlier = [known for known in self.directory.checkpoints() if known < step]
+            way = f"; to go on from step {earlier[-1]} instead, remove {self.directory.checkpoint_path(step)}"
+            raise CheckpointError(f"{error}{way if earlier else ''}") from error
         if record.get("data_hash") != self.dataset.data_hash:
             raise DataError(
                 f"{self.directory.path}: the data have changed since the run was started (data_hash "
