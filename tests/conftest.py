@@ -38,6 +38,8 @@ SLOW_FILES = {
     "test_docs.py",
     "train/test_distributed.py",
     "train/test_kill_resume.py",
+    "train/test_signals.py",
+    "train/test_train_disk_failures.py",
 }
 
 

@@ -196,13 +196,16 @@ def test_a_line_without_an_end_does_not_fill_the_memory() -> None:
 
 
 # Runs the verb in a process of its own and says on stderr how much memory it needed at most (KiB).
+# The peak counts from the first line on: importing and loading have a peak of their own, which differs by machine.
 _PROCESS = """
-import resource, sys
+import pathlib, re, sys
 from trilemma import laws
 from trilemma.cli.main import main
-laws.require = lambda mixers, path, **options: {}
+memory = pathlib.Path("/proc/self")
+laws.require = lambda mixers, path, **options: (memory / "clear_refs").write_text("5") if memory.exists() else 0
 code = main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+if memory.exists():
+    print("peak", re.search(r"VmHWM:\\s+(\\d+)", (memory / "status").read_text())[1], file=sys.stderr)
 sys.exit(code)
 """
 
@@ -258,6 +261,7 @@ def peak_kib(run: Path, lines: int, *arguments: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_a_hundred_thousand_lines_stream_in_bounded_memory(make_run: MakeRun) -> None:
     run = make_run(
         model__layout="decoder-only",
@@ -268,5 +272,5 @@ def test_a_hundred_thousand_lines_stream_in_bounded_memory(make_run: MakeRun) ->
     )
     bound = peak_kib(run, 3_000) + 32 * 1024
     assert peak_kib(run, 100_000) < bound
-    # planted: a window that holds everything, at a fifth of the lines
-    assert peak_kib(run, 20_000, "--window", "1000000") > bound
+    # planted: a window that holds everything
+    assert peak_kib(run, 100_000, "--window", "1000000") > bound
