@@ -43,13 +43,17 @@ def budget(lock: str, value: float) -> str:
 
 
 def verdicts(tests: Sequence[PairTest], rows: Mapping[str, CandidateResult], metric: Metric, scale: str) -> list[str]:
-    """A sentence for each pair; a single one where no pair has seeds enough."""
+    """A sentence for each pair that has seeds enough, and a single one for all others."""
     if len(tests) > 1 and all(test.p is None for test in tests):
         names = dict.fromkeys(name for test in tests for name in (test.first, test.second))
         fewest = min(test.seeds for test in tests)
         return [f"{', '.join(names)}: no verdict: {_too_few(fewest)} ({scale})."]
-    tested = sum(test.p is not None for test in tests)
-    return [verdict(test, rows, metric, tested, scale) for test in tests]
+    tested, others = [[test for test in tests if (test.p is not None) is known] for known in (True, False)]
+    sentences = [verdict(test, rows, metric, len(tested), scale) for test in tested]
+    if len(others) < 2:
+        return sentences + [verdict(test, rows, metric, len(tested), scale) for test in others]
+    fewest = min(test.seeds for test in others)
+    return [*sentences, f"The other {len(others)} pairs: no verdict: {_too_few(fewest)} ({scale})."]
 
 
 def verdict(test: PairTest, rows: Mapping[str, CandidateResult], metric: Metric, pairs: int, scale: str) -> str:
