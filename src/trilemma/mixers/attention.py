@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trilemma.errors import CapabilityError, ConfigError
+from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KeyValues, KVCache, RingCache
 from trilemma.nn.norms import RMSNorm
@@ -113,7 +113,7 @@ class Attention(Mixer):
             {"position": "none"},
             {"num_kv_heads": 1, "position": "rotary", "rotary_interleaved": False, "bias": False},
             {"num_kv_heads": 2, "window": 5, "position": "rotary", "qk_norm": True},
-            {"position": "xpos", "xpos_base": 16.0, "head_dim": 6},
+            {"position": "xpos", "xpos_base": 64.0, "head_dim": 6},
             {"position": "alibi"},
             {"position": "alibi", "window": 7},
             {"position": "t5", "scale": 1.0},
@@ -185,6 +185,7 @@ class Attention(Mixer):
         angles = positions[..., None].to(precise) * frequencies
         scales: list[Tensor | None] = [None, None]
         if self.position == "xpos":
+            _check_xpos(positions, self.xpos_base)
             scales = [xpos_scale(positions, self.head_dim, self.xpos_base, sign, precise) for sign in (1, -1)]
         return (
             rotate(queries, angles, self.rotary_interleaved, scales[0]),
@@ -283,6 +284,16 @@ class Attention(Mixer):
         """2 g d_h elements a token held."""
         held = length if self.window is None else min(length, self.window)
         return 2 * self.kv_width * held * dtype.itemsize
+
+
+def _check_xpos(positions: Tensor, base: float) -> None:
+    """Beyond 70 * base the decay of a query leaves float32's range."""
+    if torch.compiler.is_compiling() or positions.numel() == 0:  # reading values would break the graph
+        return
+    last = int(positions.max())
+    if last > 70 * base:
+        limit = f"at most {70 * base:g}; raise it"
+        raise LengthError(f"position {last} is too far for xPos with xpos_base {base:g}: {limit}")
 
 
 def _check_prefix(prefix: Tensor, lengths: Tensor | None, length: int, offset: Tensor | int) -> None:
