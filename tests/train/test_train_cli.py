@@ -118,7 +118,6 @@ def test_tensorboard_if_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_tensorboard_follows_where_it_is_installed(tiny_config: Tiny, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     train(tiny_config(steps=2, tensorboard="auto"), out=tmp_path / "run", quiet=True)
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"learning_rate" in events.read_bytes()

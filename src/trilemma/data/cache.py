@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from trilemma.errors import DataError
 
-STORE_VERSION = 1
+STORE_VERSION = 2  # 2: meta.json carries its own digest
 _CHUNK = 1 << 20
 _LARGE = 64 << 20  # bytes; a smaller file is hashed again each time
 _ABANDONED = 24 * 3600.0  # seconds after which a store under construction is taken for one that was killed
@@ -225,7 +225,7 @@ class StoreBuilder:
             "sha256": {name: hash_file(self.folder / name) for name in sorted(self._files)},
         }
         with (self.folder / "meta.json").open("wb") as stream:
-            stream.write(json.dumps(values, indent=1).encode("utf-8"))
+            stream.write(json.dumps({**values, "digest": _digest(values)}, indent=1).encode("utf-8"))
             stream.flush()
             os.fsync(stream.fileno())
         target = self.root / self.key
@@ -235,13 +235,21 @@ class StoreBuilder:
         return TokenStore(target)
 
 
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of what `meta.json` says besides."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
+
+
 def damage(folder: Path) -> str | None:
-    """Why a store cannot be used, or None: every file is compared with its SHA-256."""
+    """Why a store cannot be used, or None: every file is compared with its SHA-256, `meta.json` with its own digest."""
     try:
         values = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        hashes: dict[str, str] = values["sha256"]
         if values["version"] != STORE_VERSION:
             return f"version {values['version']}, not {STORE_VERSION}"
+        digest = values.pop("digest")
+        if digest != _digest(values):
+            return "meta.json was altered"
+        hashes: dict[str, str] = values["sha256"]
         for name, expected in hashes.items():
             if hash_file(folder / name) != expected:
                 return f"{name} was altered"
