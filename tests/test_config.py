@@ -340,3 +340,10 @@ def test_nearest_names_one_or_lists_all() -> None:
     assert nearest("retentoin", ["attention", "retention"]) == '; did you mean "retention"?'
     assert nearest("zzz", ["b", "a"]) == "; valid: a, b"
     assert nearest("zzz", []) == ""
+
+
+def test_a_study_given_as_a_run_is_sent_to_compare(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("candidates: [{name: a}]\nbudget: {amount: 1}\n")
+    with pytest.raises(ConfigError, match=r"study.yaml: this is a study, not one model; run it with: trilemma compare"):
+        load_config(path)

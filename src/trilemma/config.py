@@ -280,6 +280,8 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyCon
 
 def _load(cls: type[ConfigType], path: str | Path, overrides: list[str]) -> ConfigType:
     values = apply_overrides(read_yaml(path), overrides)
+    if cls is RunConfig and "candidates" in values:
+        raise ConfigError(f"{path}: this is a study, not one model; run it with: trilemma compare {path} --out DIR")
     return parse(cls, values, str(path), Origin(path, overrides))
 
 
