@@ -3,6 +3,7 @@
 It reads one JSON order a line and answers each with one JSON line. An order: "arguments" of `trilemma train`; also
 
     "kill_call": n            SIGKILL before the n-th call to the disk
+    "kill_call_outside": n    SIGKILL before the n-th of those that save no checkpoint
     "kill_after_saves": n     SIGKILL once n checkpoints were saved and the next is begun
     "kill_after": seconds
     "signals": [[seconds, number], ...]
@@ -40,7 +41,7 @@ PRIMITIVES = ("open", "read", "write", "truncate", "sync", "close", "rename", "m
 
 def watch_disk(order: dict[str, Any], report: int) -> None:
     """Counts the calls that change something; at the ordered one, reports what is going on and kills this process."""
-    count, saves = 0, 0
+    count, outside, saves = 0, 0, 0
     saving = False
     real = files.Disk()
 
@@ -51,13 +52,17 @@ def watch_disk(order: dict[str, Any], report: int) -> None:
 
     def wrapped(name: str) -> Any:
         def call(*arguments: Any) -> Any:
-            nonlocal count, saves, saving
+            nonlocal count, outside, saves, saving
             path = str(arguments[-1])
             if name in ("make_folder", "rename") and "checkpoints" in path:
                 saving = name == "make_folder" and ".partial" in path
                 saves += saving
-            count += name not in ("read", "close")
-            if count == order.get("kill_call") or (saving and saves > order.get("kill_after_saves", count)):
+            changes = name not in ("read", "close")
+            count += changes
+            outside += changes and not saving
+            calls = (count, outside) == (order.get("kill_call", count), order.get("kill_call_outside", outside))
+            ordered = calls and order.keys() & {"kill_call", "kill_call_outside"}
+            if ordered or (saving and saves > order.get("kill_after_saves", count)):
                 os.write(report, json.dumps({"call": name, "saving": saving}).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             strike_at("signal_call", count, order)

@@ -39,14 +39,19 @@ def test_kill_at_random_instants(
         reference = run_contents(runner.folder / f"{variant}-whole")
         assert {"model.safetensors", "metrics.jsonl", "summary.json"} <= reference.keys()
         kills, number = 0, 0
-        while kills < KILLS / len(VARIANTS):
+        while kills < KILLS / len(VARIANTS) or not all(landed.values()):
             number += 1
             assert number < 4 * KILLS, f"the kills do not land: {landed}"
             name = f"{variant}-{number}"
             times = 1 if number % 3 == 0 else 3
             for _ in range(times):
-                order = {"kill_call": draw.randrange(1, 250)} if draw.random() < 0.6 else {}
-                order = order or {"kill_after": draw.uniform(0.0, whole["seconds"])}
+                order = draw.choice(
+                    [
+                        {"kill_call": draw.randrange(1, 250)},
+                        {"kill_call_outside": draw.randrange(1, 60)},
+                        {"kill_after": draw.uniform(0.0, whole["seconds"])},
+                    ]
+                )
                 answer = runner.train(name, config, **order)
                 assert answer["code"] in (-9, 0), f"{order}: {answer['log']}"
                 if answer["code"] == -9:
@@ -60,7 +65,6 @@ def test_kill_at_random_instants(
             assert not differs, f"TRILEMMA_SEED={session_seed}: {name} differs in {differs}"
     with capsys.disabled():
         print(f"\nkills that landed: {landed}")
-    assert min(landed.values()) > 0, f"a kind of kill never landed: {landed}"
 
 
 def test_three_resumes_give_the_same_weights_and_order(runner: Any, tiny_config: Tiny, run_contents: Contents) -> None:
