@@ -1,0 +1,104 @@
+"""Short causal convolutions over the length, one filter a channel, with the last inputs carried as a tail.
+
+Legend: B rows, L length, D channels, K taps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from trilemma.ragged import Ragged
+from trilemma.state import updated
+
+
+def extended(x: Tensor, tail: Tensor | None, taps: int) -> Tensor:
+    """The inputs with what came before them, zeros at a sequence's beginning.
+
+    Args:
+        x: [B, L, D].
+        tail: [B, taps - 1, D] the inputs before this call, or None.
+        taps: K.
+
+    Returns:
+        [B, K - 1 + L, D]; the inputs of token t are at t ... t + K - 1.
+    """
+    if tail is None:
+        return nn.functional.pad(x, (0, 0, taps - 1, 0))
+    return torch.cat([tail.to(x.dtype), x], dim=1)
+
+
+def next_tail(tail: Tensor, line: Tensor, ragged: Ragged | None) -> Tensor:
+    """The tail after a call: each row's last K - 1 valid inputs.
+
+    Args:
+        tail: [B, K - 1, D] the State's, before the call.
+        line: what `extended` returned.
+        ragged: the call.
+    """
+    kept = tail.shape[1]
+    if ragged is None or ragged.lengths is None:
+        return updated(tail, line[:, line.shape[1] - kept :].to(tail.dtype))
+    index = ragged.lengths[:, None] + torch.arange(kept, device=line.device)
+    return updated(tail, line.gather(1, index[:, :, None].expand(-1, -1, line.shape[2])).to(tail.dtype))
+
+
+class ShortConvolution(nn.Module):
+    """y_t = activation(b + sum_j w_j * x_(t - K + 1 + j)), a filter of K taps for each channel.
+
+    Args:
+        channels: D.
+        taps: K.
+        bias: whether b is learned.
+        activation: SiLU after it.
+    """
+
+    def __init__(self, channels: int, taps: int = 4, bias: bool = False, activation: bool = True) -> None:
+        super().__init__()
+        self.taps, self.activation = taps, activation
+        bound = 1 / math.sqrt(taps)  # torch's own for a depthwise convolution
+        self.weight = nn.Parameter(torch.empty(taps, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def new_tail(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros [rows, K - 1, D]: nothing read yet."""
+        return torch.zeros(rows, self.taps - 1, self.weight.shape[1], dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, tail: Tensor | None, ragged: Ragged | None) -> tuple[Tensor, Tensor | None]:
+        """Convolves the tokens of one call.
+
+        Args:
+            x: [B, L, D]. tail: [B, K - 1, D] from `new_tail` or an earlier call; None: whole sequences.
+            ragged: the call; nothing crosses the borders of packed sequences.
+
+        Returns:
+            y of x's shape and type, and the tail to go on with (None without one).
+        """
+        length = x.shape[1]
+        line = extended(x, tail, self.taps)
+        weight = self.weight.to(x.dtype)
+        places = ragged.packed_positions if ragged is not None else None
+        if places is None and length > 1:
+            filters = weight.t()[:, None]
+            y = nn.functional.conv1d(line.transpose(1, 2), filters, groups=len(filters)).transpose(1, 2)
+        else:
+            terms = [line[:, j : j + length] * weight[j] for j in range(self.taps)]
+            if places is not None:  # a tap reaches back no further than its sequence's first token
+                back = [(places >= self.taps - 1 - j)[:, :, None] for j in range(self.taps)]
+                terms = [term * seen for term, seen in zip(terms, back, strict=True)]
+            y = torch.stack(terms).sum(0)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if self.activation:
+            y = nn.functional.silu(y)
+        return y, None if tail is None else next_tail(tail, line, ragged)
+
+    def count_parameters(self) -> int:
+        """K D, and the biases."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self, length: int) -> int:
+        """2 K D a token; a single token's products are element by element, which no cost formula counts."""
+        return 2 * length * self.weight.numel() if length > 1 else 0
