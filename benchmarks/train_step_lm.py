@@ -56,9 +56,11 @@ System = tuple[nn.Module, Step]
 
 def ours(size: Size, mixer: dict[str, Any], compiled: bool, device: str) -> System:
     """Our model with the trainer's own loss; blocks are compiled as the trainer compiles them."""
+    from trilemma.machine import keep_freed_memory
     from trilemma.models import build_model
     from trilemma.train import objective
 
+    keep_freed_memory()
     model = build_model(
         {
             "layout": "decoder-only", "mixer": mixer, "vocab_size": size.vocab_size, "d_model": size.d_model,

@@ -9,6 +9,7 @@ the torch version.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -174,6 +175,19 @@ def usable_cores() -> int:
     if len(quota) == 2 and quota[0].isdigit():
         cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
     return cores
+
+
+def keep_freed_memory() -> bool:
+    """Tells the C library to keep freed memory for the next allocation; True where it understood (glibc).
+
+    By default it hands every large block back to the kernel and gets it again one faulting page at a time, which takes
+    a sixth of a training step on a CPU. Peak memory stays what it was; it is only given back when the process ends.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # names and numbers of <malloc.h>
+    library = ctypes.CDLL(None)
+    return all(library.mallopt(name, most) == 1 for name in (trim_threshold, mmap_threshold))
 
 
 def synchronize(device: str | torch.device) -> None:

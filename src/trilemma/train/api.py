@@ -13,6 +13,7 @@ import torch
 from trilemma.config import RunConfig, load_config, parse
 from trilemma.data import Dataset, Tokenizer, prepare
 from trilemma.errors import CheckpointError, ConfigError
+from trilemma.machine import keep_freed_memory
 from trilemma.models import SequenceModel, build_model
 from trilemma.runs import RunDirectory
 from trilemma.runs.directory import SUMMARY
@@ -142,6 +143,8 @@ def _placed(model: SequenceModel, config: RunConfig, processes: Processes) -> Se
         model = model.double()
     model = model.to(processes.device)
     processes.share(model.state_dict().values())
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     if config.training.compile == "on":
         fixed = config.data.task in ("language-model", "masked-language-model")
         for stack in model.stacks():
