@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trilemma.errors import ConfigError, LawError
 from trilemma.laws import fingerprint, records, require
 from trilemma.laws.records import PATHS, cache_file, shipped_records
 from trilemma.mixers.base import build_mixer
-from trilemma.registry import available_mixers, load_plugin
+from trilemma.registry import available_mixers, load_plugin, mixer_class
 
 SOUND = "from trilemma.mixers.gru import GRU\nclass {name}(GRU):\n    pass\n"
 BROKEN = (
@@ -109,3 +110,13 @@ def test_a_record_for_a_compiled_path_says_why_there_is_none() -> None:
     law = shipped_records()["lstm"]["compiled"]["laws"]["compile"]
     assert law["outcome"] == "n/a"
     assert "torch's recurrent kernel" in law["reason"]
+
+
+def test_a_fingerprint_covers_what_a_mixer_imports_and_nothing_else() -> None:
+    sources = {
+        name: {file.name for file in records._closure({Path(inspect.getsourcefile(mixer_class(name)) or "")})}
+        for name in ("gru", "retention")
+    }
+    assert {"gru.py", "base.py", "recurrent.py", "state.py", "ragged.py", "truth.py"} <= sources["gru"]
+    assert {"retention.py", "decayed_scan.py", "positions.py"} <= sources["retention"]
+    assert "decayed_scan.py" not in sources["gru"]

@@ -7,6 +7,7 @@ the laws when it is first used, and the result is kept in the user's cache.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -28,26 +29,44 @@ PATHS = ("plain", "compiled")
 SHIPPED = Path(__file__).with_name("records.json")
 _PACKAGE = Path(trilemma.__file__).parent
 _FORMAT = 1
+_ROOMS = tuple(f"trilemma.{room}" for room in ("ops.", "nn.", "mixers.", "state", "ragged"))
 
 
 def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
-    """sha256 of what runs: the mixer's source and its bases', ops, nn, State and Ragged, torch's version, path, device.
+    """sha256 of what runs: the mixer's source and its bases', all of ours that they import, torch's version, path, device.
 
     Raises:
         ConfigError: unknown mixer or path.
     """
     if path not in PATHS:
         raise ConfigError(f'unknown path "{path}"{nearest(path, PATHS)}')
-    files = {_PACKAGE / "state.py", _PACKAGE / "ragged.py"}
-    files |= {file for room in ("ops", "nn") for file in (_PACKAGE / room).glob("*.py")}
     bases = [cls for cls in mixer_class(name).__mro__ if issubclass(cls, Mixer)]
-    files |= {Path(source) for cls in bases if (source := inspect.getsourcefile(cls)) is not None}
+    files = _closure({Path(source) for cls in bases if (source := inspect.getsourcefile(cls)) is not None})
     public_version = torch.__version__.partition("+")[0]
     digest = hashlib.sha256(f"{path}/{device}/{public_version}".encode())
     contents = sorted((file.name, file.read_bytes()) for file in files)  # names repeat: ops/attention, mixers/attention
     for file_name, content in contents:
         digest.update(f"\n{file_name}\n".encode() + content)
     return digest.hexdigest()
+
+
+def _closure(files: set[Path]) -> set[Path]:
+    """These files and what they import, directly or not, of the rooms that decide a mixer's answer."""
+    found: set[Path] = set()
+    waiting = set(files)
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            inner = [name.split(".") for name in names if name.startswith(_ROOMS)]
+            imported = {_PACKAGE.joinpath(*parts[1:]).with_suffix(".py") for parts in inner}
+            waiting |= {path for path in imported - found if path.is_file()}
+    return found
 
 
 def record(
