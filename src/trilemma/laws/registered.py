@@ -9,6 +9,7 @@ from typing import Any
 
 from trilemma.errors import ConfigError
 from trilemma.laws.report import Report
+from trilemma.laws.sharing import Behind
 from trilemma.laws.trial import check
 from trilemma.mixers.base import Mixer, build_mixer
 from trilemma.registry import mixer_class
@@ -79,7 +80,16 @@ def _factory(cls: type[Mixer], variant: dict[str, Any]) -> Callable[[], Mixer]:
     options = dict(variant)
     able = cls.capabilities
     causal = options.pop("causal", able.causal or able.reads_memory)
-    return lambda: build_mixer(cls.name, _D_MODEL, causal, _NUM_HEADS, **options)
+
+    def build(**role: bool) -> Mixer:
+        return build_mixer(cls.name, _D_MODEL, causal, _NUM_HEADS, **options | role)
+
+    def factory() -> Mixer:
+        mixer = build()
+        alone = all(isinstance(kind, tuple) for kind in mixer.reads().values())
+        return mixer if alone else Behind(build(producer=True), mixer)
+
+    return factory
 
 
 def _plugin(cls: type[Mixer]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from trilemma.errors import ConfigError
 from trilemma.laws.case import Case, Trace
+from trilemma.laws.sharing import Arranged, Sharing
 from trilemma.mixers.base import Mixer
 
 LEVELS = ("quick", "full")
@@ -38,6 +39,12 @@ class Subject:
         self.example = self.build(torch.float32, torch.Generator("cpu").manual_seed(self.seed))
 
     @property
+    def title(self) -> str:
+        """The class on trial."""
+        example = self.example
+        return type(example.last if isinstance(example, Arranged) else example).__qualname__
+
+    @property
     def full(self) -> bool:
         """Whether everything is wanted."""
         return self.level == "full"
@@ -63,6 +70,8 @@ class Subject:
             for parameter in mixer.parameters():
                 noise = torch.randn(parameter.shape, generator=generator, device="cpu")
                 parameter.add_(0.2 * noise.to(parameter))
+        if mixer.publishes() or mixer.reads():
+            mixer = Sharing(mixer)
         return mixer.to(torch.get_default_device(), dtype)
 
     def cases(self, law: str, dtype: torch.dtype = torch.float64, quick: int = 3, full: int = 15) -> Iterator[Case]:

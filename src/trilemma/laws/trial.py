@@ -72,7 +72,7 @@ def check(
     seed = secrets.randbelow(2**31) if seed is None else seed
     results = []
     with _placed(device):
-        subject = subject or type(Subject(factory, seed, level, slow).example).__qualname__
+        subject = subject or Subject(factory, seed, level, slow).title
     for name in chosen:
         if command is None:
             again = f'trilemma.laws.check(factory, laws=["{name}"], seed={seed}, level="{level}")'

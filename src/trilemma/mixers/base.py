@@ -12,8 +12,9 @@ To add a mixer, subclass `Mixer`, decorate it with `@register_mixer("name")`, an
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final, get_type_hints
 
@@ -26,6 +27,12 @@ from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.registry import mixer_class
 from trilemma.state import State, updated
+
+# What the layers of one stack share during one call: its learned tensors, and what layers make for later ones.
+Shared = MutableMapping[str, Any]
+# What such a value is. Aligned with the tokens of the call: the shape of one token's, the value being a tensor [batch,
+# length, *shape]; at padding it is finite and means nothing. Anything else: in words, which both sides must agree on.
+Published = tuple[int, ...] | str
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def mix(
-        self, x: Tensor, state: State | None, ragged: Ragged | None, shared: Mapping[str, Tensor] | None
+        self, x: Tensor, state: State | None, ragged: Ragged | None, shared: Shared | None
     ) -> tuple[Tensor, State | None]:
         """The mixer itself; arguments and result as in `forward`, checked, with x zero at padding."""
 
@@ -118,6 +125,21 @@ class Mixer(nn.Module, ABC):
         """Learned tensors that the stack owns and hands to every layer through `shared`: name -> shape."""
         return {}
 
+    def publishes(self) -> Mapping[str, Published]:
+        """Values that `mix` makes for later layers by `shared[name] = value`: name -> what it is.
+
+        A class with the option `producer` makes its values in the first layer of a stack that could, and reads them in
+        all others.
+        """
+        return {}
+
+    def reads(self) -> Mapping[str, Published]:
+        """Values that a layer before this one publishes and `mix` takes from `shared`, as `publishes` declares them.
+
+        A mixer that reads what is not aligned with tokens must rewind by itself.
+        """
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimizer must not decay, beyond vectors, which never are."""
         return set()
@@ -127,7 +149,7 @@ class Mixer(nn.Module, ABC):
         x: Tensor,
         state: State | None = None,
         ragged: Ragged | None = None,
-        shared: Mapping[str, Tensor] | None = None,
+        shared: Shared | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mixes the tokens of one call.
 
@@ -136,14 +158,14 @@ class Mixer(nn.Module, ABC):
             state: what the rows read before, from `init_state` or an earlier call; None: a whole sequence, and no State
                 is built.
             ragged: padding, packing, prefixes; None: every position is a token of one sequence a row.
-            shared: the stack's values for all layers.
+            shared: the stack's values for all layers; what this mixer publishes is added to it.
 
         Returns:
             y of x's shape (padding positions hold finite, meaningless values), and the State to go on with.
 
         Raises:
             CapabilityError: a State for a bidirectional mixer, a packed call with a State, a prefix that the mixer
-                cannot read, or one that begins after the first token.
+                cannot read, or one that begins after the first token; a value that it reads is not in `shared`.
         """
         if state is None and self.capabilities.reads_memory:
             raise CapabilityError(f'mixer "{self.name}" reads a memory: give it the State that holds it')
@@ -160,6 +182,11 @@ class Mixer(nn.Module, ABC):
         if x.shape[1] == 0:
             return x, state
         x = zero_padding(x, ragged.valid(x.shape[1]) if ragged is not None else None)
+        for name in self.reads():
+            if shared is None or name not in shared:
+                raise CapabilityError(f'mixer "{self.name}" reads "{name}", which a layer before it must publish')
+        if shared is None and self.publishes():
+            shared = {}
         if isinstance(state, Replay):
             return state.run(self, x, ragged, shared)
         return self.mix(x, state, ragged, shared)
@@ -219,13 +246,13 @@ class Replay(State):
     """Rewinding for States that cannot shorten themselves: an anchor in the past and the inputs since.
 
     `current` is the State after all tokens; `anchor` lies up to 2 * limit tokens back; `recent` holds the mixer's
-    inputs since. Rewinding shortens `recent`; the next call rebuilds `current` from the anchor. The anchor moves up
-    only when `recent` is full, so a token is run twice on average.
+    inputs since, x and the values that it reads side by side. Rewinding shortens `recent`; the next call rebuilds
+    `current` from the anchor. The anchor moves up only when `recent` is full, so a token is run twice on average.
     """
 
     current: State
     anchor: State
-    recent: Tensor  # [rows, 2 * limit, d_model]
+    recent: Tensor  # [rows, 2 * limit, d_model + width of what is read]
     counts: Tensor  # [rows] inputs held in `recent`
     limit: int
     bound: int  # at least max(counts), known to Python
@@ -237,7 +264,7 @@ class Replay(State):
         return cls(
             current=mixer.new_state(rows, None, 0, dtype, device),
             anchor=mixer.new_state(rows, None, 0, dtype, device),
-            recent=torch.zeros(rows, 2 * limit, mixer.d_model, dtype=dtype, device=device),
+            recent=torch.zeros(rows, 2 * limit, sum(_widths(mixer)), dtype=dtype, device=device),
             counts=torch.zeros(rows, dtype=torch.int64, device=device),
             limit=limit,
             bound=0,
@@ -250,16 +277,15 @@ class Replay(State):
             raise CapabilityError(f"at most {self.limit} tokens, and no more than were read, can be taken back")
         return Replay(self.current, self.anchor, self.recent, self.counts - counts, self.limit, self.bound, True)
 
-    def run(
-        self, mixer: Mixer, x: Tensor, ragged: Ragged | None, shared: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, State]:
+    def run(self, mixer: Mixer, x: Tensor, ragged: Ragged | None, shared: Shared | None) -> tuple[Tensor, State]:
         """One call of the mixer, with its inputs remembered."""
         current = self.current
         if self.stale:
             _, current = _run(mixer, self.recent[:, : self.bound], self.anchor.clone(), self.counts, shared)
         y, after = mixer.mix(x, current, ragged, shared)
         assert after is not None
-        return y, self._remember(mixer, x, after, ragged, shared)
+        read = [shared[name].flatten(2).to(x.dtype) for name in mixer.reads()] if shared is not None else []
+        return y, self._remember(mixer, torch.cat([x, *read], dim=-1) if read else x, after, ragged, shared)
 
     def _remember(
         self,
@@ -267,7 +293,7 @@ class Replay(State):
         x: Tensor,
         current: State,
         ragged: Ragged | None,
-        shared: Mapping[str, Tensor] | None,
+        shared: Shared | None,
     ) -> Replay:
         rows, length, width = x.shape
         new = ragged.lengths if ragged is not None and ragged.lengths is not None else None
@@ -300,15 +326,39 @@ class Replay(State):
         return torch.where(is_new[:, :, None], x.gather(1, index).to(line.dtype), line)
 
 
-def _run(
-    mixer: Mixer, x: Tensor, state: State, lengths: Tensor, shared: Mapping[str, Tensor] | None
-) -> tuple[Tensor, State]:
-    """Runs the mixer for its State; a call of length 0 changes nothing."""
-    if x.shape[1] == 0:
-        return x, state
-    y, after = mixer.mix(x, state, Ragged(lengths=lengths), shared)
+def _run(mixer: Mixer, inputs: Tensor, state: State, lengths: Tensor, shared: Shared | None) -> tuple[Tensor, State]:
+    """Runs the mixer for its State on what `Replay.recent` holds; a call of length 0 changes nothing.
+
+    What it publishes is old: it goes nowhere.
+    """
+    if inputs.shape[1] == 0:
+        return inputs, state
+    x, *read = inputs.split(_widths(mixer), dim=-1)
+    shapes = aligned(mixer.reads())
+    old = dict(shared or {})
+    old |= {name: value.unflatten(2, shapes[name]) for name, value in zip(shapes, read, strict=True)}
+    y, after = mixer.mix(x, state, Ragged(lengths=lengths), old)
     assert after is not None
     return y, after
+
+
+def _widths(mixer: Mixer) -> list[int]:
+    """Numbers that a token brings: its own, and those of each value read."""
+    return [mixer.d_model, *map(math.prod, aligned(mixer.reads()).values())]
+
+
+def aligned(values: Mapping[str, Published]) -> dict[str, tuple[int, ...]]:
+    """The shapes of published values.
+
+    Raises:
+        CapabilityError: one of them is not aligned with the tokens.
+    """
+    shapes = {}
+    for name, kind in values.items():
+        if isinstance(kind, str):
+            raise CapabilityError(f'"{name}" is {kind}, of no single token: it cannot be turned round or replayed')
+        shapes[name] = kind
+    return shapes
 
 
 def build_mixer(name: str, d_model: int, causal: bool = True, num_heads: int | None = None, **options: Any) -> Mixer:
@@ -339,13 +389,16 @@ def build_mixer(name: str, d_model: int, causal: bool = True, num_heads: int | N
         raise ConfigError(f'mixer "{name}": {error}') from None
 
 
-def build_from_spec(spec: str | dict[str, Any], d_model: int, causal: bool, num_heads: int | None) -> Mixer:
+def build_from_spec(
+    spec: str | dict[str, Any], d_model: int, causal: bool, num_heads: int | None, producer: bool = True
+) -> Mixer:
     """A mixer as a configuration names it.
 
     Args:
         spec: a name, or a mapping with "name" and options.
         d_model, causal: as in `build_mixer`.
         num_heads: the model's; the options may give another number.
+        producer: passed on if layers of its kind share values, see `Mixer.publishes`.
 
     Raises:
         ConfigError, CapabilityError: as `build_mixer`.
@@ -354,7 +407,7 @@ def build_from_spec(spec: str | dict[str, Any], d_model: int, causal: bool, num_
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f'a mixer with options needs the key "name", found {", ".join(map(str, options))}')
-    for fixed in ("d_model", "causal"):
+    for fixed in ("d_model", "causal", "producer"):
         if fixed in options:
             raise ConfigError(f'mixer "{name}": {fixed} follows from the model, it is no option')
     cls = mixer_class(name)
@@ -363,6 +416,8 @@ def build_from_spec(spec: str | dict[str, Any], d_model: int, causal: bool, num_
         if "num_heads" not in known:
             raise ConfigError(f'mixer "{name}" has no heads: unknown option "num_heads"{nearest("num_heads", known)}')
         num_heads = _of_their_types(cls, {"num_heads": options.pop("num_heads")})["num_heads"]
+    if "producer" in known:
+        options["producer"] = producer
     return build_mixer(name, d_model, causal, num_heads, **options)
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from trilemma.config import MixerSpec, ModelConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Mixer, build_from_spec, build_mixer
+from trilemma.mixers.base import Mixer, Published, Shared, build_from_spec, build_mixer
 from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.nn.feedforward import FeedForward
 from trilemma.nn.norms import make_norm
 from trilemma.ragged import Ragged
 from trilemma.registry import mixer_class
 from trilemma.state import State, TupleState
-
-Shared = Mapping[str, Tensor]
 
 
 class SubLayer(nn.Module):
@@ -66,7 +62,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks in order, the tensors that they share, and the final norm of a pre-norm stack."""
+    """Blocks in order, what they share, and the final norm of a pre-norm stack.
+
+    Shared are learned tensors (`Mixer.shared_inputs`), which live here, and values that a layer makes for later ones
+    (`Mixer.publishes`), which live as long as the call.
+    """
 
     def __init__(self, blocks: list[Block], config: ModelConfig) -> None:
         super().__init__()
@@ -81,6 +81,21 @@ class Stack(nn.Module):
                     raise ConfigError(f'layers disagree on the shape of the shared "{name}": {shape}')
                 if known is None:
                     self.shared[name] = nn.Parameter(torch.zeros(shape))
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Each value that a layer reads is made by exactly one layer before it, and is what the reader expects."""
+        made: dict[str, Published] = {}
+        for mixer in self.mixers():
+            for name, kind in mixer.reads().items():
+                if name not in made:
+                    raise ConfigError(f'mixer "{mixer.name}" reads "{name}", which no layer before it publishes')
+                if made[name] != kind:
+                    raise ConfigError(f'mixer "{mixer.name}" reads "{name}" as {kind}; it is published as {made[name]}')
+            for name, kind in mixer.publishes().items():
+                if name in made or name in self.shared:
+                    raise ConfigError(f'mixer "{mixer.name}" publishes "{name}", which the stack has already')
+                made[name] = kind
 
     def forward(
         self, x: Tensor, state: TupleState | None = None, ragged: Ragged | None = None
@@ -92,7 +107,7 @@ class Stack(nn.Module):
             state: one TupleState a block, from `init_state` or `memories`; None: whole sequences without memory.
             ragged: the call.
         """
-        shared = dict(self.shared.items()) if len(self.shared) else None
+        shared: Shared = dict(self.shared.items())
         states = state.parts if state is not None else (None,) * len(self.blocks)
         after = []
         for block, before in zip(self.blocks, states, strict=True):
@@ -176,8 +191,13 @@ def make_stack(config: ModelConfig, role: str) -> Stack:
         spec = config.encoder_mixer
     pattern = spec if isinstance(spec, list) else [spec]
     blocks = []
+    published: set[str] = set()
     for i in range(layers):
-        parts: list[Mixer | FeedForward] = [_mixer(pattern[i % len(pattern)], config, encoder)]
+        mixer = _mixer(pattern[i % len(pattern)], config, encoder)
+        if published & mixer.publishes().keys():
+            mixer = _mixer(pattern[i % len(pattern)], config, encoder, producer=False)
+        published |= mixer.publishes().keys()
+        parts: list[Mixer | FeedForward] = [mixer]
         if role == "cross":
             parts.append(_cross_mixer(config))
         parts.append(FeedForward(config.d_model, config.d_ff or 4 * config.d_model, config.activation, config.bias))
@@ -185,15 +205,15 @@ def make_stack(config: ModelConfig, role: str) -> Stack:
     return Stack(blocks, config)
 
 
-def _mixer(spec: MixerSpec, config: ModelConfig, encoder: bool) -> Mixer:
+def _mixer(spec: MixerSpec, config: ModelConfig, encoder: bool, producer: bool = True) -> Mixer:
     """One mixer; in an encoder a causal one runs in two directions."""
     name = spec if isinstance(spec, str) else str(spec["name"])
     able = mixer_class(name).capabilities
     if encoder and able.causal and not able.bidirectional:
-        return build_mixer("bidirectional", config.d_model, False, config.num_heads, inner=spec)
+        return build_mixer("bidirectional", config.d_model, False, config.num_heads, inner=spec, producer=producer)
     if able.reads_memory:
         raise CapabilityError(f'model.mixer: "{name}" reads a memory; it is for model.cross_mixer')
-    mixer = build_from_spec(spec, config.d_model, not encoder, config.num_heads)
+    mixer = build_from_spec(spec, config.d_model, not encoder, config.num_heads, producer)
     if config.prefix and not encoder and not mixer.capabilities.prefix:
         raise CapabilityError(f'model.prefix: mixer "{name}" cannot read a prefix in both directions')
     return mixer
