@@ -21,6 +21,7 @@ MIXERS: dict[str, Any] = {
     "lstm": "lstm",
     "gru": "gru",
     "hybrid": ["retention", {"name": "attention", "window": 2}, "lstm"],
+    "yoco": ["gru", {"name": "attention", "window": 3}, *[{"name": "yoco", "num_kv_heads": 1}] * 2],
 }
 
 # What the layouts are varied in, so that each switch meets each law somewhere.
@@ -33,6 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "lstm": {"positions": "learned", "max_length": 40},
     "gru": {"positions": "sinusoidal-t2t", "norm_position": "post"},
     "hybrid": {"positions": "sinusoidal"},
+    "yoco": {"positions": "none", "norm": "rmsnorm", "activation": "swiglu"},
 }
 GENERATORS = ("encoder-decoder", "decoder-only")
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.mixers.attention import Attention
 from trilemma.mixers.cross_attention import Memory
+from trilemma.mixers.yoco import YOCO
 from trilemma.models import EncoderOnly, SequenceModel, build_model
 
 ATTENTIONS = ["attention", "rotary-grouped", "window", "t5-shared"]
@@ -256,8 +257,8 @@ def squares_over_triangles(model: SequenceModel, length: int, source_length: int
     for stack in model.stacks():
         rows = source_length if model.layout == "encoder-decoder" and stack is model.stacks()[0] else length
         for mixer in stack.mixers():
-            if isinstance(mixer, Attention):
-                window = mixer.window or rows
+            if isinstance(mixer, (Attention, YOCO)):
+                window = (mixer.window if isinstance(mixer, Attention) else None) or rows
                 seen = [(i, j) for i in range(rows) for j in range(rows) if abs(i - j) < window]
                 pairs = sum(j <= i or not mixer.causal for i, j in seen)
                 masked += 4 * mixer.num_heads * mixer.head_dim * (rows * rows - pairs)
