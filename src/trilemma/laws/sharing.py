@@ -33,8 +33,8 @@ class Arranged(Mixer):
         last = layers[-1]
         super().__init__(d_model, last.causal)
         self.layers = nn.ModuleList(layers)
-        self.name: str = last.name  # type: ignore[misc]
-        self.capabilities: Capabilities = replace(last.capabilities, rewinds=True)  # type: ignore[misc]
+        self.name = last.name  # type: ignore[misc]
+        self.capabilities = replace(last.capabilities, rewinds=True)  # type: ignore[misc]
         self.compiles = last.compiles
         self.truth_pairs = last.truth_pairs  # type: ignore[method-assign]
 

@@ -403,7 +403,7 @@ def build_from_spec(
     Raises:
         ConfigError, CapabilityError: as `build_mixer`.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f'a mixer with options needs the key "name", found {", ".join(map(str, options))}')

@@ -185,10 +185,10 @@ class YOCO(Mixer):
                 return View(keys, values, None, False, angles), after
             if keys.shape[2] == length:
                 return View(keys, values, None, True, angles), after
-        held = seen.positions
-        if held is None:
-            held = torch.arange(keys.shape[2], device=keys.device)[None, :]
-        return View(keys, values, attention_mask(positions, held, True, None, prefix), False, angles), after
+        places = seen.positions
+        if places is None:
+            places = torch.arange(keys.shape[2], device=keys.device)[None, :]
+        return View(keys, values, attention_mask(positions, places, True, None, prefix), False, angles), after
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B or 1, L, D / 2]."""
