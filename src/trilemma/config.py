@@ -104,7 +104,7 @@ class Source(Section):
 class DataConfig(Section):
     """What is learned, and from which text."""
 
-    task: Literal["seq2seq", "language-model", "classification", "masked-language-model"] = "seq2seq"
+    task: Literal["seq2seq", "language-model", "classification", "masked-language-model", "probe"] = "seq2seq"
     train: Source | list[Source] = Source(generated="numbers")
     valid: Source | None = None
     test: Source | None = None
@@ -122,9 +122,9 @@ class DataConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """Trained in the same command, or brought along with kind: file."""
+    """Trained in the same command, or brought along with kind: file; a probe has its own, kind: task."""
 
-    kind: Literal["bpe", "unigram", "byte", "character", "word", "file"] = "bpe"
+    kind: Literal["bpe", "unigram", "byte", "character", "word", "file", "task"] = "bpe"
     vocab_size: int = Field(8000, ge=8)
     path: str | None = Field(None, description="a tokenizer.json or a SentencePiece .model")
     pretokenized: bool = Field(False, description="text is already tokenised: words are split at spaces only")
@@ -159,6 +159,7 @@ class TrainingConfig(Section):
     keep_checkpoints: int = Field(3, ge=1)
     validate_every: int | None = Field(None, ge=1, description="steps; None: at every checkpoint")
     patience: int | None = Field(None, ge=1, description="validations without a better loss before stopping")
+    target_accuracy: float | None = Field(None, gt=0, le=1, description="probes: validation accuracy that ends the run")
     log_every: int = Field(20, ge=1, description="steps")
     tensorboard: Literal["auto", "on", "off"] = Field("auto", description="auto: where the package is installed")
 
@@ -218,17 +219,33 @@ class Controls(Section):
     known_gap: dict[str, Any] | None = Field(None, description="overrides that must make the reference worse")
 
 
+class StudyTask(Section):
+    """One task of a matrix: what it changes in the base run, and what is known of it."""
+
+    name: str
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    amount: float | None = Field(None, gt=0, description="budget of each run; None: the study's")
+    control: str | None = Field(None, description="the candidate that must solve it, or failures of others say nothing")
+    solved: float = Field(0.99, gt=0, le=1, description="test accuracy from which on a run has solved it")
+    expected: dict[str, Literal["solves", "fails", "depends"]] = Field(
+        default_factory=dict, description="what is published, by candidate"
+    )
+    source: str = Field("", description="where it is published")
+
+
 class StudyConfig(Section):
-    """A comparison: candidates x learning rates x seeds under one budget."""
+    """A comparison: candidates x learning rates x seeds under one budget; with tasks, one for each of them."""
 
     version: int = CONFIG_VERSION
     name: str = "study"
     base: RunConfig = RunConfig()
     candidates: list[Candidate] = Field(..., min_length=1)
+    tasks: list[StudyTask] = Field(default_factory=list, description="columns of a matrix; empty: the base's data alone")
     reference: str | None = Field(None, description="None: the first candidate")
     budget: Budget
     learning_rates: list[float] = Field(default_factory=list, description="empty: the base's, no sweep")
     sweep_share: float = Field(1.0, gt=0, le=1, description="part of the budget that each run of the sweep gets")
+    sweep_seeds: int = Field(1, ge=1, description="with how many of the seeds each learning rate is tried")
     widen: bool = Field(True, description="an optimum at the grid's edge adds one learning rate beyond it")
     seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
     controls: Controls = Controls()
@@ -237,6 +254,7 @@ class StudyConfig(Section):
     batch_sizes: list[int] = Field(default_factory=lambda: [1], description="rows decoded at once, for inference cost")
     samples: int = Field(8, ge=0, description="outputs shown side by side")
     price_per_hour: float | None = Field(None, gt=0)
+    workers: int = Field(1, ge=1, description="runs trained at once; they share the cores evenly")
 
 
 ConfigType = TypeVar("ConfigType", bound=Section)

@@ -332,9 +332,10 @@ class Predictor:
             ConfigError: an unknown metric or decoding key (the nearest is named).
         """
         settings = self.decoding(**{**decoding, "n_best": 1})
-        if self.config.data.task == "masked-language-model":
+        if self.config.data.task in ("masked-language-model", "probe"):
             if files:
-                raise CapabilityError("a masked language model is scored on its own splits: no files can be given")
+                what = "a probe" if self.config.data.task == "probe" else "a masked language model"
+                raise CapabilityError(f"{what} is scored on its own splits: no files can be given")
             dataset, _ = prepare(self.config, self.tokenizer)
             return score_model(self.model, dataset, split, metrics=metrics, device=self.device)
         chosen = [Path(file) for file in files]

@@ -146,7 +146,7 @@ def test_other_limits(tiny_config: Tiny, tmp_path: Path, limit: dict[str, Any], 
 def test_early_stopping_survives_a_resume(tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenNMT-py#2006: a resume forgot the patience. Validation losses are given: best at step 3, worse after it."""
     given = {3: 1.0, 6: 2.0, 7: 2.5, 9: 3.0, 12: 4.0}
-    monkeypatch.setattr(loop.Trainer, "validation_loss", lambda self: (given[self.counters.step], 10))
+    monkeypatch.setattr(loop.Trainer, "validation", lambda self: loop.Validation(given[self.counters.step], 10, 0))
     config = tiny_config(steps=7, patience=3)
     train(config, out=tmp_path / "run", quiet=True)
     config["training"]["steps"] = 40

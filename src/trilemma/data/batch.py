@@ -124,6 +124,14 @@ def classification_batch(
     return replace(batch, labels=labels, num_targets=len(pairs))
 
 
+def labelled_batch(
+    rows: Sequence[tuple[Ids, Ids]], tokenizer: Tokenizer, index: int = 0, examples: Sequence[int] = ()
+) -> Batch:
+    """inputs = tokens; labels as they are, IGNORE where nothing is scored."""
+    inputs = [tokens.astype(np.int64) for tokens, _ in rows]
+    return _batch(inputs, [labels.astype(np.int64) for _, labels in rows], tokenizer.pad, index, examples)
+
+
 def stream_batch(
     rows: Sequence[Sequence[tuple[Row, Row]]], tokenizer: Tokenizer, packed: bool, index: int = 0
 ) -> Batch:

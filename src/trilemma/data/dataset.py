@@ -16,6 +16,7 @@ from trilemma.data.batch import (
     classification_batch,
     concatenated_batch,
     encoder_decoder_batch,
+    labelled_batch,
     mask_batch,
     stream_batch,
 )
@@ -34,6 +35,7 @@ _LAYOUTS = {
     "language-model": ("decoder-only",),
     "classification": ("encoder-only",),
     "masked-language-model": ("encoder-only",),
+    "probe": ("decoder-only",),
 }
 
 
@@ -169,9 +171,8 @@ class Dataset:
 
     def _pair_plan(self, split: str) -> PairPlan:
         first_field, second_field = FIELDS[self.task]
-        classify = self.task == "classification"
-        first = self._lengths(split, first_field, 2 if classify else 1)
-        second = self._lengths(split, second_field, 1) * (0 if classify else 1)
+        first = self._lengths(split, first_field, {"classification": 2, "probe": 0}.get(self.task, 1))
+        second = self._lengths(split, second_field, 1) * (1 if self.task == "seq2seq" else 0)
         budget = self.config.training.batch_tokens
         if split != "train":
             everything = [Part(np.arange(len(first), dtype=np.int64), 1.0)]
@@ -254,6 +255,8 @@ class Dataset:
         collate: Callable[[Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], Tokenizer, int, Sequence[int]], Batch]
         if self.task == "classification":
             collate = classification_batch
+        elif self.task == "probe":
+            collate = labelled_batch
         elif self.config.model.layout == "encoder-decoder":
             collate = encoder_decoder_batch
         else:

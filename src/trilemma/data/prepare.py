@@ -21,6 +21,7 @@ from trilemma.data.cache import (
 )
 from trilemma.data.dataset import Dataset, check_layout
 from trilemma.data.generated import GENERATOR_VERSION, generate
+from trilemma.data.probes.prepare import prepare_probe
 from trilemma.data.readers import (
     FIELDS,
     Example,
@@ -70,7 +71,11 @@ def prepare(
     check_layout(config)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     task = config.data.task
+    if task == "probe" and data is not None:
+        raise ConfigError("data.task probe is generated: no data can be given")
     sources = _sources(config, root, data)
+    if task == "probe":
+        return prepare_probe(config, sources, tokenizer, root)
     inputs = {split: [_Input(source, split, config, root) for source in found] for split, found in sources.items()}
     if tokenizer is None:
         tokenizer = _tokenizer(config, inputs["train"], root)

@@ -272,6 +272,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, lowercase: bo
     """
     if config.kind == "file":
         return bring_tokenizer(config, lowercase)
+    if config.kind == "task":
+        raise ConfigError("tokenizer.kind task: only data.task probe brings a vocabulary of its own")
     if config.pretokenized and config.kind in ("byte", "character"):
         raise ConfigError(f"tokenizer.pretokenized: kind {config.kind} does not split words; use bpe, unigram or word")
     tokenizer, trainer = _untrained(config)
@@ -283,6 +285,15 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, lowercase: bo
         tokenizer = repeatable(tokenizer, counter.words, len(SPECIALS))
     elif trainer is not None:
         tokenizer.train_from_iterator(_nonempty(texts), trainer=trainer)
+    return _from_tokenizers(tokenizer)
+
+
+def symbol_tokenizer(symbols: Sequence[str]) -> Tokenizer:
+    """A vocabulary of given symbols, divided by spaces in text: symbol i has id i + 6, after the special ones."""
+    vocabulary = {name: index for index, name in enumerate([*SPECIALS, *symbols])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=SPECIALS[UNK]))
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     return _from_tokenizers(tokenizer)
 
 

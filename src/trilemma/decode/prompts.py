@@ -48,6 +48,8 @@ class Prompts:
 
     def require_generation(self) -> None:
         """Raises `CapabilityError` for runs that produce no text."""
+        if self.config.data.task == "probe":
+            raise CapabilityError("a probe's run answers its probe and generates no text; use trilemma evaluate")
         if self.config.model.layout == "encoder-only":
             task = self.config.data.task
             verb = "trilemma classify" if task == "classification" else "trilemma evaluate"

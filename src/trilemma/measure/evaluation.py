@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from trilemma.config import DecodingConfig, RunConfig
-from trilemma.data import IGNORE, Dataset, Tokenizer
+from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
 from trilemma.decode import Prompts, Request, TooLong, decode
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
 from trilemma.measure import quality
@@ -30,6 +30,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "language-model": LIKELIHOOD_METRICS,
     "classification": ("accuracy", "loss"),
     "masked-language-model": ("loss", "perplexity"),
+    "probe": ("accuracy", "exact_match", "loss"),
 }
 
 
@@ -101,6 +102,8 @@ def score_model(
     config = dataset.resolved(dataset.config)
     if config.data.task == "masked-language-model":
         return _with_intervals(_score_masked(model, dataset, split, metrics, device))
+    if config.data.task == "probe":
+        return _with_intervals(_score_probe(model, dataset, split, metrics, device))
     sources, targets = dataset.eval_texts(split)
     line_ends = 0
     if config.data.task == "language-model":
@@ -148,6 +151,8 @@ def score_texts(
         return _with_intervals(_score_classes(model, tokenizer, config, sources, targets, split, wanted, device))
     if task == "masked-language-model":
         raise CapabilityError("a masked language model is scored on its own splits: no files can be given")
+    if task == "probe":
+        raise CapabilityError("a probe is scored on its own splits: no files can be given")
     if config.data.lowercase:
         sources, targets = [text.lower() for text in sources], [text.lower() for text in targets]
     prompts = Prompts(tokenizer, config)
@@ -306,6 +311,39 @@ def _score_masked(
     signature = f"unit:masked-token|fraction:{dataset.config.training.mask_fraction:g}"
     scores = _likelihood_scores(np.concatenate(nats), np.concatenate(tokens), np.ones(1), wanted)
     return Evaluation(split, [replace(score, signature=signature) for score in scores], [], [], [])
+
+
+@torch.no_grad()
+def _score_probe(
+    model: SequenceModel,
+    dataset: Dataset,
+    split: Literal["valid", "test"],
+    metrics: Sequence[str] | None,
+    device: torch.device | str,
+) -> Evaluation:
+    """Labelled positions only; texts are the rows' symbols, and those of their labels."""
+    wanted = check_metrics("probe", metrics)
+    sources, labels = dataset.eval_texts(split)
+    references = [" ".join(symbol for symbol in row.split(" ") if symbol != UNSCORED) for row in labels]
+    hits, counts, nats = np.zeros((3, len(sources)))
+    said = [""] * len(sources)
+    for batch in dataset.eval_batches(split):
+        moved = batch.to(device)
+        hidden = model(moved.inputs, None if bool((batch.lengths == batch.inputs.shape[1]).all()) else moved.lengths)
+        for row, example in enumerate(batch.examples):
+            places = (batch.labels[row] != IGNORE).nonzero().squeeze(1)
+            answers = batch.labels[row, places]
+            logits = model.head(hidden[row, places.to(device)]).cpu()
+            predicted = logits.argmax(-1)
+            hits[example], counts[example] = int((predicted == answers).sum()), len(answers)
+            nats[example] = float(F.cross_entropy(logits.double(), answers, reduction="sum"))
+            said[example] = dataset.tokenizer.decode(predicted.tolist())
+    makers: dict[str, Callable[[], Score]] = {
+        "accuracy": lambda: quality.label_accuracy(hits, counts),
+        "exact_match": lambda: quality.all_labels(hits, counts),
+        "loss": lambda: replace(quality.loss(nats, counts), signature="unit:nats-per-label"),
+    }
+    return Evaluation(split, [makers[metric]() for metric in wanted], sources, references, said)
 
 
 def _check_positions(

@@ -166,6 +166,18 @@ def accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> Score:
     return _proportion("accuracy", [p == e for p, e in zip(predicted, expected, strict=True)], size)
 
 
+def label_accuracy(hits: Sequence[int] | Array, labels: Sequence[int] | Array) -> Score:
+    """Percentage of scored positions whose label was said; one entry per row of a probe."""
+    rows = _ratio_rows(hits, labels, "labels")
+    return Score("accuracy", 100.0 * _ratio(rows), "unit:percent-of-labels", len(rows), segments=rows)
+
+
+def all_labels(hits: Sequence[int] | Array, labels: Sequence[int] | Array) -> Score:
+    """Percentage of rows whose labels were all said; Wilson interval."""
+    right = np.asarray(hits) == np.asarray(labels)
+    return _proportion("exact_match", right.tolist(), len(right))
+
+
 def loss(nats: Sequence[float] | Array, tokens: Sequence[int] | Array) -> Score:
     """Mean negative log-likelihood in nats per token (end-of-sequence is a token); one entry per segment."""
     rows = _ratio_rows(nats, tokens, "tokens")

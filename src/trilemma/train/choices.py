@@ -44,6 +44,10 @@ def choose(config: RunConfig, model: SequenceModel | None = None) -> RunConfig:
         raise ConfigError("training: nothing ends this run; set training.steps, max_tokens or max_seconds")
     if training.ema is not None and training.average_last > 1:
         raise ConfigError("training.ema and training.average_last both choose the final weights; set one of them")
+    if training.target_accuracy is not None and config.data.task != "probe":
+        raise ConfigError(
+            "training.target_accuracy is for data.task probe; elsewhere training.patience ends a run early"
+        )
     changes, notes = {}, dict(config.notes)
     if training.device == "auto":
         changes["device"], notes["training.device"] = machine.choose_device("auto")

@@ -21,7 +21,7 @@ def finish(trainer: Trainer, reason: str) -> dict[str, Any]:
     """Puts the chosen weights into the model and publishes them with the summary and the card; returns the summary.
 
     Chosen are, in this order: the average of the last `average_last` checkpoints; else those of the lowest validation
-    loss (with `ema`, their moving average); without validation data the last ones.
+    loss, for probes of the highest accuracy (with `ema`, their moving average); without validation data the last ones.
     """
     chosen, loss = _choose(trainer)
     summary = _summary(trainer, reason, chosen, loss)
@@ -40,13 +40,14 @@ def _choose(trainer: Trainer) -> tuple[str, float | None]:
     if training.average_last > 1:
         steps = trainer.directory.checkpoints()[-training.average_last :]
         assign(model, average_checkpoints(trainer.directory, steps, model))
-        loss = trainer.validation_loss() if trainer.dataset.sizes.get("valid") else None
-        return f"average of checkpoints {', '.join(map(str, steps))}", loss[0] if loss else None
+        found = trainer.validation() if trainer.dataset.sizes.get("valid") else None
+        return f"average of checkpoints {', '.join(map(str, steps))}", found.loss if found else None
     if counters.best_step is not None and counters.best_step != counters.step:
         trainer.directory.load_checkpoint(counters.best_step, model, trainer.optimizer.tensors())
     trainer.optimizer.use_average()
     step = counters.step if counters.best_step is None else counters.best_step
-    what = "last" if counters.best_step is None else "lowest validation loss"
+    best = "lowest validation loss" if counters.best_accuracy is None else "highest validation accuracy"
+    what = "last" if counters.best_step is None else best
     average = f", moving average {training.ema}" if training.ema is not None else ""
     return f"step {step} ({what}{average})", counters.best_loss
 
@@ -85,6 +86,7 @@ def _summary(trainer: Trainer, reason: str, chosen: str, loss: float | None) -> 
         "valid_loss": loss,
         "best_step": counters.best_step,
         "best_valid_loss": counters.best_loss,
+        "best_valid_accuracy": counters.best_accuracy,
         "resumes": counters.resumes,
         "processes": trainer.processes.world,
         "data_hash": dataset.data_hash,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +48,14 @@ class Event:
     step: int
     record: Mapping[str, Any]
     model: SequenceModel
+
+
+class Validation(NamedTuple):
+    """Cross-entropy per scored token in nats, how many tokens were scored, and how many labels were the likeliest."""
+
+    loss: float
+    targets: int
+    hits: int
 
 
 Callback = Callable[[Event], bool | None]  # True ends the training after this step
@@ -202,6 +210,8 @@ class Trainer:
             return "max_seconds"
         if training.patience is not None and counters.bad_validations >= training.patience:
             return "patience"
+        if training.target_accuracy is not None and (counters.accuracy or 0.0) >= training.target_accuracy:
+            return "target_accuracy"
         return self._stopped
 
     def _total_steps(self, number: int) -> float:
@@ -231,32 +241,35 @@ class Trainer:
         improved = False
         due = counters.step % every == 0 or self._ended() is not None
         if due and counters.validated != counters.step and self.dataset.sizes.get("valid"):
-            loss = self.validation_loss()
-            if loss is None:
+            found = self.validation()
+            if found is None:
                 return
-            improved = self._judge(*loss)
+            improved = self._judge(found)
         saved = counters.step in self.directory.checkpoints()
         if (counters.step % training.checkpoint_every == 0 or improved or self._ended() is not None) and not saved:
             self.save()
 
-    def _judge(self, loss: float, targets: int) -> bool:
+    def _judge(self, found: Validation) -> bool:
         """Records a validation; whether it is the best so far."""
-        counters = self.counters
-        improved = counters.judge(loss)
+        counters, loss = self.counters, found.loss
+        accuracy = found.hits / max(found.targets, 1) if self.config.data.task == "probe" else None
+        improved = counters.judge(loss, accuracy)
         record = counters.validation_record(loss)
         if self.config.data.task == "language-model":
-            record["valid_bits_per_byte"] = loss * targets / math.log(2) / self.dataset.bytes_of("valid")
+            record["valid_bits_per_byte"] = loss * found.targets / math.log(2) / self.dataset.bytes_of("valid")
+        if accuracy is not None:
+            record["valid_accuracy"] = accuracy
         self._record(record)
-        self.display.say(f"step {counters.step:,}  validation loss {loss:.4f}{'  (best so far)' if improved else ''}")
+        more = "" if accuracy is None else f"  accuracy {accuracy:.2%}"
+        best = "  (best so far)" if improved else ""
+        self.display.say(f"step {counters.step:,}  validation loss {loss:.4f}{more}{best}")
         self._call("validation", record)
         return improved
 
-    def validation_loss(self) -> tuple[float, int] | None:
-        """Cross-entropy per scored token of the validation data in nats, and how many tokens were scored.
-
-        Of the moving average of the weights where there is one. None if a signal came meanwhile.
-        """
-        total, targets = 0.0, 0
+    def validation(self) -> Validation | None:
+        """Scores the validation data: with the moving average of the weights where there is one. None if a signal came
+        meanwhile."""
+        total, targets, hits = 0.0, 0, 0
         self.model.eval()
         with self.optimizer.averaged(), torch.no_grad(), self._autocast():
             for index, batch in enumerate(self.dataset.eval_batches("valid")):
@@ -266,10 +279,11 @@ class Trainer:
                     continue
                 batch = batch.to(self.processes.device)
                 hidden = run_model(self.model, batch)
-                total += float(objective.evaluate(self.model.head, hidden, batch.labels, self._classes()))
+                loss, right = objective.evaluate(self.model.head, hidden, batch.labels, self._classes())
+                total, hits = total + float(loss), hits + int(right)
                 targets += batch.num_targets
-        total, counted = self.processes.sum([total, float(targets)])
-        return total / max(counted, 1.0), int(counted)
+        total, counted, found = self.processes.sum([total, float(targets), float(hits)])
+        return Validation(total / max(counted, 1.0), int(counted), int(found))
 
     def save(self) -> None:
         """Publishes a checkpoint and removes those that are no longer kept; all processes meet here."""

@@ -56,15 +56,19 @@ def backward(head: Head, hidden: Tensor, labels: Tensor, smoothing: float, scale
 
 
 @torch.no_grad()
-def evaluate(head: Head, hidden: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """The sum of the cross-entropy over scored positions, in nats, without smoothing."""
+def evaluate(head: Head, hidden: Tensor, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Over the scored positions: the sum of the cross-entropy, in nats, without smoothing; and how many labels are the
+    likeliest class."""
     positions, targets = _scored(labels)
     vectors = hidden.flatten(0, -2).index_select(0, positions)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
     size = _chunk(vocab_size, hidden)
     for start in range(0, len(targets), size):
-        total += _loss(head(vectors[start : start + size]), targets[start : start + size], 0.0)
-    return total
+        logits, wanted = head(vectors[start : start + size]), targets[start : start + size]
+        total += _loss(logits, wanted, 0.0)
+        hits += (logits.argmax(-1) == wanted).sum()
+    return total, hits
 
 
 def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
