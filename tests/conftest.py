@@ -30,6 +30,7 @@ SLOW_FILES = {
     "cli/test_cli_main.py",
     "compare/test_execute.py",
     "compare/test_report.py",
+    "compare/test_tasks.py",
     "runs/test_bit_rot.py",
     "runs/test_disk_failures.py",
     "runs/test_no_code_in_files.py",

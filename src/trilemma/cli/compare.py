@@ -35,6 +35,7 @@ def command(
     from trilemma.compare.records import StudyDirectory
     from trilemma.compare.report import json_line, write_report
     from trilemma.compare.tables import printable, summary_table
+    from trilemma.compare.tasks import run_tasks
     from trilemma.config import load_study
 
     if price_per_hour is not None and price_per_hour <= 0:
@@ -43,10 +44,15 @@ def command(
         if overrides:
             raise ConfigError(f'--report-only draws the study as it was run: "{overrides[0]}" would change nothing')
         directory = StudyDirectory(out)
+        asked = directory.read_study()
     else:
         if study is None:
             raise ConfigError("compare needs a study: trilemma compare STUDY.yaml --out DIR")
-        directory = run_study(load_study(study, overrides), out, _command(), say)
+        asked = load_study(study, overrides)
+        directory = (run_tasks if asked.tasks else run_study)(asked, out, _command(), say)
+    if asked.tasks:
+        _show_matrix(directory.path, json)
+        return
     report = write_report(directory, price_per_hour)
     print(f"{summary_table(report)}\n")
     for line in [report.withheld] if report.withheld else report.verdicts:
@@ -54,6 +60,15 @@ def command(
     print(f"\nreport: {directory.path / 'report.html'}", flush=True)
     if json:
         print_json(json_line(report, directory.path))
+
+
+def _show_matrix(out: Path, json: bool) -> None:
+    from trilemma.compare.heatmap import as_json, as_text, write_matrix
+
+    matrix = write_matrix(out)
+    print(f"{as_text(matrix)}\n\nmatrix: {out / 'matrix.md'}", flush=True)
+    if json:
+        print_json({**as_json(matrix), "matrix": str(out / "matrix.md")})
 
 
 def _command() -> str:

@@ -66,6 +66,7 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
         withheld=withheld,
         stability=stability([row.curve for row in candidates]),
         crossovers=crossovers([row.inference for row in candidates if row.inference], reference),
+        criterion=words.criterion(study.base.data.task),
         sweep=_sweep(record, candidates),
         sweep_notes=record.plan.sweep_notes,
         samples=_side_by_side(names, groups),
@@ -219,19 +220,25 @@ def _sweep(record: StudyRecord, candidates: Sequence[CandidateResult]) -> list[S
         return []
     chosen = {row.name: row.training.learning_rate for row in candidates}
     share_is_whole = record.study.sweep_share == 1.0
-    sweep_seed = record.study.seeds[0]
-    points = {}
+    seeds = {one.name: (one.seeds or record.study.seeds)[: record.study.sweep_seeds] for one in record.study.candidates}
+    found: dict[tuple[str, float], list[float]] = {}
     for run in record.runs:
         planned = run.planned
-        # At the full budget, a sweep's best run is also that candidate's first final run.
-        is_sweep = planned.stage == "sweep" or (share_is_whole and planned.seed == sweep_seed)
-        losses = [float(line["valid_loss"]) for line in validations(run)]
-        if is_sweep and planned.role == "candidate" and losses:
-            picked = chosen.get(planned.candidate) == planned.learning_rate
-            key = (planned.candidate, planned.learning_rate)
-            points[key] = SweepPoint(planned.candidate, planned.learning_rate, min(losses), picked)
+        # At the full budget, a sweep's best runs are also that candidate's first final runs.
+        is_sweep = planned.stage == "sweep" or (share_is_whole and planned.seed in seeds.get(planned.candidate, ()))
+        values = [_criterion(line) for line in validations(run)]
+        if is_sweep and planned.role == "candidate" and values:
+            found.setdefault((planned.candidate, planned.learning_rate), []).append(min(values))
     order = {candidate.name: at for at, candidate in enumerate(record.study.candidates)}
-    return sorted(points.values(), key=lambda point: (order[point.candidate], point.learning_rate))
+    return [
+        SweepPoint(name, rate, float(np.mean(found[name, rate])), chosen.get(name) == rate)
+        for name, rate in sorted(found, key=lambda key: (order[key[0]], key[1]))
+    ]
+
+
+def _criterion(line: Mapping[str, float]) -> float:
+    """What a validation is judged by: the error of a probe, elsewhere the loss."""
+    return 1.0 - float(line["valid_accuracy"]) if "valid_accuracy" in line else float(line["valid_loss"])
 
 
 def _side_by_side(names: Sequence[str], groups: Mapping[str, Sequence[RunRecord]]) -> list[SideBySide]:
@@ -302,9 +309,13 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
             found.append(Inequality(name, f"inference at {context:,} tokens was not measured: {reason}"))
     lock = record.study.budget.lock
     for name, runs in groups.items():
+        whole = [run for run in runs if run.summary.get("ended_by") != "target_accuracy"]
+        if len(whole) < len(runs):
+            early = f"{len(runs) - len(whole)} of {len(runs)} runs"
+            found.append(Inequality(name, f"{early} reached the target accuracy and ended before their budget"))
         for key in ("tokens", "seconds", "flops"):
-            spent = [float(run.summary.get(key) or 0.0) for run in runs]
-            off = max(abs(value / record.study.budget.amount - 1.0) for value in spent)
+            spent = [float(run.summary.get(key) or 0.0) for run in whole]
+            off = max((abs(value / record.study.budget.amount - 1.0) for value in spent), default=0.0)
             if key == lock and off > 0.02:
                 found.append(Inequality(name, f"spent {off:+.1%} off the locked {key} (worst seed)"))
     return found

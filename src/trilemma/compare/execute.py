@@ -6,15 +6,18 @@ command goes on from any point.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from trilemma.compare.expand import Choice, Expansion, Job, choose_rate, expand, final_jobs, job, sweep_jobs
+from trilemma.compare.expand import Choice, Expansion, Job, choose_rate, expand, final_jobs, rate_jobs, sweep_jobs
 from trilemma.compare.matching import skeleton
 from trilemma.compare.measuring import measure_run, measured_inference, metric_of, score_run
-from trilemma.compare.records import Inequality, Plan, StudyDirectory, flatten
-from trilemma.compare.training import train_in_process
+from trilemma.compare.records import Inequality, Plan, PlannedRun, StudyDirectory, flatten
+from trilemma.compare.training import in_parallel, train_in_process
 from trilemma.config import StudyConfig
 from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError, TrainingError
@@ -27,8 +30,43 @@ Train = Callable[[Path, Path], None]  # the file of a configuration, the run dir
 Say = Callable[[str], None]
 
 
+@dataclass
+class Progress:
+    """How far a study is, or all studies of a matrix together.
+
+    Attributes:
+        total: runs planned. done: of them, those that have ended. seconds: of each run that ended in this process.
+        where: what stands before each message.
+    """
+
+    total: int = 0
+    done: int = 0
+    seconds: list[float] = field(default_factory=list)
+    where: str = ""
+
+    def line(self, item: Job, workers: int) -> str:
+        """What is begun now, and how long all that is left may take."""
+        left = ""
+        if self.seconds:
+            mean = sum(self.seconds) / len(self.seconds)
+            left = f", about {clock(mean * (self.total - self.done) / workers)} left"
+        planned = item.planned
+        return (
+            f"run {self.done + 1} of {self.total}: {self.where}{planned.candidate}, learning rate "
+            f"{planned.learning_rate:g}, seed {planned.seed}{left}"
+        )
+
+
 def run_study(
-    study: StudyConfig, out: Path, command: str = "", say: Say = print, train: Train = train_in_process
+    study: StudyConfig,
+    out: Path,
+    command: str = "",
+    say: Say = print,
+    train: Train | None = None,
+    *,
+    only: Collection[str] | None = None,
+    progress: Progress | None = None,
+    inference: bool = True,
 ) -> StudyDirectory:
     """Runs what is left of a study.
 
@@ -36,7 +74,10 @@ def run_study(
         study: the study. out: its folder; one that holds the same study goes on where it was.
         command: what reproduces it, for the report.
         say: takes progress messages.
-        train: trains one run; the public verb in a process of its own.
+        train: trains one run; None: the public verb in a process of its own.
+        only: candidates to run now; None: all.
+        progress: counted on, where the study is one of several; its total is then the caller's.
+        inference: whether inference cost is measured.
 
     Raises:
         ConfigError: the study cannot be run, or `out` holds another one.
@@ -48,15 +89,29 @@ def run_study(
     lock = RunLock(directory.path)
     lock.acquire()
     try:
-        _Execution(directory, study, command, say, train).run()
+        _Execution(directory, study, command, say, train, only, progress, inference).run()
     finally:
         lock.release()
     return directory
 
 
 class _Execution:
-    def __init__(self, directory: StudyDirectory, study: StudyConfig, command: str, say: Say, train: Train) -> None:
-        self.directory, self.command, self.say, self.train = directory, command, say, train
+    def __init__(
+        self,
+        directory: StudyDirectory,
+        study: StudyConfig,
+        command: str,
+        say: Say,
+        train: Train | None,
+        only: Collection[str] | None,
+        progress: Progress | None,
+        inference: bool,
+    ) -> None:
+        if study.workers > 1 and study.budget.lock == "seconds":
+            raise ConfigError("workers: runs that share the machine cannot be given a budget of seconds; set workers=1")
+        self.directory, self.command, self.say, self.inference = directory, command, say, inference
+        self.train = train or functools.partial(train_in_process, share=study.workers)
+        self.only, self.progress, self.alone = only, progress or Progress(), progress is None
         self.metric = metric_of(study)
         self.study = _decided(study)
         self.dataset, _ = prepare(self.study.base)
@@ -64,21 +119,28 @@ class _Execution:
         self.inequalities = list(self.expansion.inequalities)
         self.notes: dict[str, str] = {}
         self.jobs: dict[str, Job] = {}  # by run name; a sweep's run that is also a final one is kept as final
-        self.durations: list[float] = []
-        self.done = 0
+        self.before: dict[str, PlannedRun] = {}  # the plan of an earlier call
 
     def run(self) -> None:
         if (self.directory.path / "study.yaml").is_file():
-            _check_same_study(self.directory.read_study(), self.study, self.directory.path)
+            check_same_study(self.directory.read_study(), self.study, self.directory.path)
+            if (self.directory.path / "plan.json").is_file():
+                self.before = {run.name: run for run in self.directory.read_plan().runs}
         self.directory.write_study(self.study)
         chosen = self._sweep()
-        finals = final_jobs(self.expansion, self.study, chosen)
+        finals = self._wanted(final_jobs(self.expansion, self.study, chosen))
         self._plan(finals)
-        for item in finals:
-            self._train(item)
+        for item, error in self._trained(finals):
+            if error is not None:
+                raise error
             self._score(item)
-        self._measure(finals)
+        if self.inference:
+            self._measure(finals)
+        self.before = {}
         self._plan(finals)
+
+    def _wanted(self, jobs: Sequence[Job]) -> list[Job]:
+        return [item for item in jobs if self.only is None or item.planned.candidate in self.only]
 
     # --- the sweep ---
 
@@ -91,62 +153,69 @@ class _Execution:
         }
         if not self.study.learning_rates:
             return rates
-        jobs = sweep_jobs(self.expansion, self.study, self.dataset)
+        jobs = self._wanted(sweep_jobs(self.expansion, self.study, self.dataset))
         self._plan(jobs)
-        losses: dict[str, dict[float, float]] = {name: {} for name in rates}
-        for item in jobs:
-            losses[item.planned.candidate][item.planned.learning_rate] = self._sweep_loss(item)
-        return {name: self._chosen(name, found).learning_rate for name, found in losses.items()}
+        losses = self._sweep_losses(jobs)
+        return rates | {name: self._chosen(name, found).learning_rate for name, found in losses.items()}
 
     def _chosen(self, name: str, losses: dict[float, float]) -> Choice:
         """Chooses; widens the grid by one where the optimum is at its edge."""
         choice = choose_rate(losses, self.study.widen)
         if choice.widen is not None:
             variant = next(variant for variant in self.expansion.variants if variant.name == name)
-            extra = job(variant, self.study, choice.widen, variant.seeds[0], "sweep", self.dataset)
-            self._plan([extra])
-            losses[choice.widen] = self._sweep_loss(extra)
+            extra = rate_jobs(variant, self.study, choice.widen, self.dataset)
+            self._plan(extra)
+            losses |= self._sweep_losses(extra)[name]
+            self.inequalities.append(Inequality(name, f"one learning rate more was tried: {choice.widen:g}"))
             choice = choose_rate(losses, widen=False)
-            self.inequalities.append(
-                Inequality(name, f"one learning rate more was tried: {extra.planned.learning_rate:g}")
-            )
         self.notes[name] = choice.text
         return choice
 
+    def _sweep_losses(self, jobs: Sequence[Job]) -> dict[str, dict[float, float]]:
+        """For each candidate and learning rate the best validation loss (of a probe: error), the mean over seeds; not a
+        number where a run failed, since a learning rate may be too high to survive."""
+        found: dict[str, dict[float, list[float]]] = {}
+        for item, error in self._trained(jobs):
+            if isinstance(error, TrainingError):
+                self.say(f"{error}. The sweep goes on without it")
+            elif error is not None:
+                raise error
+            planned = item.planned
+            rates = found.setdefault(planned.candidate, {})
+            rates.setdefault(planned.learning_rate, []).append(float("nan") if error else self._sweep_loss(item))
+        return {
+            name: {rate: sum(losses) / len(losses) for rate, losses in rates.items()} for name, rates in found.items()
+        }
+
     def _sweep_loss(self, item: Job) -> float:
-        """Best validation loss; not a number where the run failed (a learning rate may be too high to survive)."""
-        try:
-            self._train(item)
-        except TrainingError as error:
-            self.say(f"{error}. The sweep goes on without it")
-            return float("nan")
         summary = RunDirectory.open(self.directory.run_path(item.planned.name)).read_summary()
-        loss = summary["best_valid_loss"]
+        accuracy, loss = summary.get("best_valid_accuracy"), summary["best_valid_loss"]
         if loss is None:
             raise ConfigError("learning_rates: a sweep needs validation data to choose by; set data.valid in base")
-        return float(loss)
+        return float(loss) if accuracy is None else 1.0 - float(accuracy)
 
-    # --- one run ---
+    # --- runs ---
+
+    def _trained(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Exception | None]]:
+        """Trains those that have not been, `workers` at a time; every one is given back as it ends, with its error."""
+        fresh = []
+        for item in jobs:
+            self.directory.claim_config(item.planned.name, item.config)
+            if self.directory.finished(item.planned.name):
+                yield item, None
+            else:
+                fresh.append(item)
+        with closing(in_parallel([functools.partial(self._train, item) for item in fresh], self.study.workers)) as ends:
+            for at, error in ends:
+                yield fresh[at], error
 
     def _train(self, item: Job) -> None:
-        name, planned = item.planned.name, item.planned
-        config = self.directory.claim_config(name, item.config)
-        if self.directory.finished(name):
-            self.done += 1
-            return
-        total = len(self.jobs)
-        left = ""
-        if self.durations:
-            seconds = sum(self.durations) / len(self.durations) * (total - self.done)
-            left = f", about {clock(seconds)} left"
-        self.say(
-            f"run {self.done + 1} of {total}: {planned.candidate}, learning rate {planned.learning_rate:g}, "
-            f"seed {planned.seed}{left}"
-        )
+        progress, name = self.progress, item.planned.name
+        self.say(progress.line(item, self.study.workers))
         started = time.monotonic()
-        self.train(config, self.directory.run_path(name))
-        self.durations.append(time.monotonic() - started)
-        self.done += 1
+        self.train(self.directory.config_path(name), self.directory.run_path(name))
+        progress.seconds.append(time.monotonic() - started)
+        progress.done += 1
 
     def _score(self, item: Job) -> None:
         name = item.planned.name
@@ -169,10 +238,16 @@ class _Execution:
                 self.directory.write_inference(planned.name, measured_inference(rows))
 
     def _plan(self, jobs: Sequence[Job]) -> None:
-        """Adds runs to the plan and keeps it."""
+        """Adds runs to the plan and keeps it. What an earlier call found stands until this one is through."""
         self.jobs.update({item.planned.name: item for item in jobs})
-        runs = [item.planned for item in self.jobs.values()]
-        self.directory.write_plan(Plan(runs, self.inequalities, self.notes, self.command, self.study.contexts))
+        if self.alone:
+            self.progress.total = len(self.jobs)
+            self.progress.done = sum(self.directory.finished(name) for name in self.jobs)
+        runs = {name: item.planned for name, item in self.jobs.items()}
+        runs |= {name: run for name, run in self.before.items() if name not in runs or run.stage == "final"}
+        self.directory.write_plan(
+            Plan(list(runs.values()), self.inequalities, self.notes, self.command, self.study.contexts)
+        )
 
 
 def _decided(study: StudyConfig) -> StudyConfig:
@@ -194,9 +269,10 @@ def _equal_compile(expansion: Expansion, dataset: Dataset) -> Expansion:
     return expansion.with_training(compile=common)
 
 
-def _check_same_study(kept: StudyConfig, study: StudyConfig, out: Path) -> None:
-    """A folder holds one study. What only adds to it may change: candidates, seeds, contexts, samples, the price."""
+def check_same_study(kept: StudyConfig, study: StudyConfig, out: Path) -> None:
+    """A folder holds one study. What only adds to it may change: candidates, tasks, seeds, contexts, the price."""
     free = {"name", "candidates", "seeds", "contexts", "batch_sizes", "samples", "price_per_hour", "learning_rates"}
+    free |= {"tasks", "workers", "sweep_seeds"}
     old, new = flatten(kept.model_dump(mode="json")), flatten(study.model_dump(mode="json"))
     for key, value in new.items():
         if key.split(".")[0] not in free and not key.startswith("base.notes") and old.get(key) != value:

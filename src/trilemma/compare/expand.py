@@ -21,7 +21,7 @@ _SHARED = (
     "version", "seed", "name", "notes", "data", "tokenizer",
     "training.steps", "training.max_tokens", "training.max_seconds", "training.batch_tokens", "training.accumulate",
     "training.precision", "training.device", "training.compile", "training.patience", "training.checkpoint_every",
-    "training.validate_every", "training.log_every", "training.keep_checkpoints",
+    "training.validate_every", "training.log_every", "training.keep_checkpoints", "training.target_accuracy",
 )  # fmt: skip
 _VALIDATIONS = 12  # of a run, where the base does not say: a quarter and half of the budget are among them
 _COUNTED_BATCHES = 500  # micro-batches whose FLOPs are counted exactly; the rest follows from their mean
@@ -276,13 +276,23 @@ def slug(name: str) -> str:
 
 
 def sweep_jobs(expansion: Expansion, study: StudyConfig, dataset: Dataset | None = None) -> list[Job]:
-    """Every candidate at every learning rate, with its first seed; empty without a sweep."""
+    """Every candidate at every learning rate, with its first seeds; empty without a sweep."""
     return [
-        job(variant, study, rate, variant.seeds[0], "sweep", dataset)
+        one
+        for at in range(study.sweep_seeds)
         for rate in sorted(set(study.learning_rates))
         for variant in expansion.variants
         if variant.role == "candidate"
+        for one in rate_jobs(variant, study, rate, dataset, at)
     ]
+
+
+def rate_jobs(
+    variant: Variant, study: StudyConfig, rate: float, dataset: Dataset | None = None, at: int | None = None
+) -> list[Job]:
+    """A candidate at one learning rate, with each seed of the sweep (or the one at place `at`, if it has so many)."""
+    seeds = variant.seeds[: study.sweep_seeds]
+    return [job(variant, study, rate, seed, "sweep", dataset) for seed in (seeds if at is None else seeds[at : at + 1])]
 
 
 def final_jobs(expansion: Expansion, study: StudyConfig, chosen: Mapping[str, float]) -> list[Job]:
@@ -313,7 +323,7 @@ def choose_rate(losses: Mapping[float, float], widen: bool) -> Choice:
     """The learning rate with the lowest loss. At the grid's edge one beyond it is asked for, or the edge is flagged.
 
     Args:
-        losses: learning rate -> best validation loss; not a number where a run failed.
+        losses: learning rate -> best validation loss, or error; not a number where a run failed.
         widen: whether the grid may still be widened; it is, once.
     """
     rates = sorted(losses)

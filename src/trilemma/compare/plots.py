@@ -58,21 +58,22 @@ def all_plots(report: Report) -> list[Plot]:
         (
             "learning_rates",
             "Learning rates",
-            "Best validation loss at each learning rate tried; the filled mark was chosen.",
+            f"Best {report.criterion} at each learning rate tried; the filled mark was chosen.",
             draw_sweep,
         ),
     ]
     plots = []
-    with _style():
+    with style():
         for name, title, caption, draw in drawings:
             figure = draw(report)
             if figure is not None:
-                plots.append(Plot(name, title, caption, _bytes(figure, "png"), _bytes(figure, "svg")))
+                plots.append(Plot(name, title, caption, image(figure, "png"), image(figure, "svg")))
     return plots
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """How every figure looks, while it is drawn."""
     logger = logging.getLogger("matplotlib.font_manager")
     level = logger.level
     with mpl.rc_context(STYLE), warnings.catch_warnings():
@@ -85,7 +86,8 @@ def _style() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _bytes(figure: Figure, kind: str) -> bytes:
+def image(figure: Figure, kind: str) -> bytes:
+    """A figure as "png" or "svg"; the same figure gives the same bytes."""
     stream = io.BytesIO()
     metadata = {"Date": None, "Creator": "trilemma"} if kind == "svg" else {"Software": "trilemma"}
     figure.savefig(stream, format=kind, dpi=150, metadata=metadata, bbox_inches="tight", facecolor="white")
@@ -248,7 +250,7 @@ def draw_sweep(report: Report) -> Figure | None:
     axes.set_xticklabels([f"{rate:g}" for rate in rates])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("best validation loss")
+    axes.set_ylabel(f"best {report.criterion}")
     figure.draw_without_rendering()
     name_the_ends(axes, ends)
     return figure

@@ -142,6 +142,10 @@ class StudyDirectory:
         """Directory of the run called `name`."""
         return self.path / "runs" / name
 
+    def config_path(self, name: str) -> Path:
+        """File of the configuration of the run called `name`."""
+        return self.path / "configs" / f"{name}.yaml"
+
     def write_study(self, study: StudyConfig) -> None:
         """Keeps the study's configuration; the report can be drawn again from it."""
         write_text(self.path / "study.yaml", dump(study))
@@ -178,7 +182,7 @@ class StudyDirectory:
         Raises:
             ConfigError: this study holds a run of that name with other settings; the first that differs is named.
         """
-        file = self.path / "configs" / f"{name}.yaml"
+        file = self.config_path(name)
         if file.is_file():
             kept = parse(RunConfig, read_yaml(file), str(file))
             for key, value in flatten(config.model_dump(mode="json")).items():

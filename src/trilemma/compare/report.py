@@ -127,7 +127,7 @@ def as_json(report: Report) -> dict[str, Any]:
             {
                 "candidate": point.candidate,
                 "learning_rate": point.learning_rate,
-                "valid_loss": point.loss,
+                report.criterion.replace("validation ", "valid_"): point.loss,
                 "chosen": point.chosen,
             }
             for point in report.sweep

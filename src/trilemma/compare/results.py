@@ -72,7 +72,7 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One learning rate tried: `loss` is the best validation loss of that run."""
+    """One learning rate tried: `loss` is the best validation loss (a probe's: error), a mean over the sweep's seeds."""
 
     candidate: str
     learning_rate: float
@@ -119,6 +119,7 @@ class Report:
     withheld: str  # why no verdict is printed; empty where they are
     stability: Stability
     crossovers: list[Crossover]
+    criterion: str  # what the learning rate was chosen by
     sweep: list[SweepPoint]
     sweep_notes: dict[str, str]
     samples: list[SideBySide]

@@ -309,9 +309,10 @@ def sweep_table(report: Report) -> Table:
     data: list[list[Cell]] = [
         [point.candidate, point.learning_rate, point.loss, int(point.chosen)] for point in report.sweep
     ]
-    caption = "Best validation loss at each learning rate; every candidate had the same allowance."
-    header = ["candidate", "learning rate", "validation loss", ""]
-    return Table("learning_rates", caption, header, rows, ["candidate", "learning_rate", "valid_loss", "chosen"], data)
+    caption = f"Best {report.criterion} at each learning rate; every candidate had the same allowance."
+    header = ["candidate", "learning rate", report.criterion, ""]
+    data_header = ["candidate", "learning_rate", report.criterion.replace("validation ", "valid_"), "chosen"]
+    return Table("learning_rates", caption, header, rows, data_header, data)
 
 
 def curve_table(report: Report) -> Table:

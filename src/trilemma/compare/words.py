@@ -37,6 +37,11 @@ def _source(source: Source) -> str:
     return source.path or f"{source.source} with {source.target}"
 
 
+def criterion(task: str) -> str:
+    """What a learning rate is chosen by."""
+    return "validation error" if task == "probe" else "validation loss"
+
+
 def budget(lock: str, value: float) -> str:
     """The locked budget in words."""
     return f"{amount(value)} {_UNITS[lock]} for each run"
@@ -129,9 +134,10 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
             "better than others."
         )
     elif study.sweep_share < 1:
+        seeds_tried = f"{study.sweep_seeds} {_plural('seed', study.sweep_seeds)}"
         lines.append(
-            f"The learning rate was chosen at {study.sweep_share:.0%} of the budget with one seed; the best one for "
-            "the full budget may differ."
+            f"The learning rate was chosen at {study.sweep_share:.0%} of the budget with {seeds_tried}; the best one "
+            "for the full budget may differ."
         )
     seeds = min(row.quality.interval.seeds for row in candidates)
     if seeds < MIN_SEEDS:
@@ -142,6 +148,10 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
     if not study.controls.same_twice or study.controls.known_gap is None:
         lines.append(
             "Not both controls (A/A and known gap) were run: how well the study itself can see is not checked."
+        )
+    if study.workers > 1:
+        lines.append(
+            f"{study.workers} runs at a time shared the machine: their training times are not those of one alone."
         )
     lines.append("Times were measured on one machine; on other hardware the costs, and which is cheaper, may differ.")
     if contexts:
