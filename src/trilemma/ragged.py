@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilemma.errors import CapabilityError
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -87,6 +89,23 @@ def call_positions(length: int, ragged: Ragged | None, offset: Tensor | int, dev
         return ragged.packed_positions
     steps = torch.arange(length, device=device)[None, :]
     return steps + (offset[:, None] if isinstance(offset, Tensor) else offset)
+
+
+def check_prefix(ragged: Ragged | None, length: int, offset: Tensor | int) -> None:
+    """Refuses a prefix that does not lie whole within the first call of its row.
+
+    Args:
+        ragged, length, offset: as in `call_positions`.
+
+    Raises:
+        CapabilityError: it is longer than the call, or tokens came before.
+    """
+    if ragged is None or ragged.prefix is None or torch.compiler.is_compiling():  # reading values breaks the graph
+        return
+    split = ragged.prefix > (length if ragged.lengths is None else ragged.lengths)
+    split = split | ((ragged.prefix > 0) & (offset > 0))
+    if bool(split.any()):
+        raise CapabilityError("a prefix must lie whole within the first call that its row is given")
 
 
 def zero_padding(x: Tensor, valid: Tensor | None, dim: int = 1) -> Tensor:

@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trilemma.errors import CapabilityError, ConfigError, LengthError
+from trilemma.errors import ConfigError, LengthError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KeyValues, KVCache, RingCache
 from trilemma.nn.norms import RMSNorm
 from trilemma.nn.positions import alibi_slopes, rotate, rotation_frequencies, t5_buckets, xpos_scale
 from trilemma.ops.attention import ATTEND, attend, attention_mask
 from trilemma.ops.truth import TruthPair
-from trilemma.ragged import Ragged, call_positions
+from trilemma.ragged import Ragged, call_positions, check_prefix
 from trilemma.registry import register_mixer
 from trilemma.state import State
 
@@ -169,8 +169,7 @@ class Attention(Mixer):
             mixed = self._attend_call(queries, keys, values, positions, ragged, valid, shared)
             after: State | None = None
         else:
-            if ragged is not None and ragged.prefix is not None:
-                _check_prefix(ragged.prefix, ragged.lengths, length, offset)
+            check_prefix(ragged, length, offset)
             seen, after = state.append(keys, values, ragged.lengths if ragged is not None else None)
             mixed = self._attend_state(queries, seen, positions, ragged, offset, shared)
         y: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, inner))
@@ -294,13 +293,3 @@ def _check_xpos(positions: Tensor, base: float) -> None:
     if last > 70 * base:
         limit = f"at most {70 * base:g}; raise it"
         raise LengthError(f"position {last} is too far for xPos with xpos_base {base:g}: {limit}")
-
-
-def _check_prefix(prefix: Tensor, lengths: Tensor | None, length: int, offset: Tensor | int) -> None:
-    """A prefix [B] lies whole within the first call of its row."""
-    if torch.compiler.is_compiling():  # reading values would break the graph
-        return
-    split = prefix > (length if lengths is None else lengths)
-    split = split | ((prefix > 0) & (offset > 0))
-    if bool(split.any()):
-        raise CapabilityError("a prefix must lie whole within the first call that its row is given")
