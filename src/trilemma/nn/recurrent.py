@@ -1,4 +1,4 @@
-"""torch's recurrent kernels (LSTM, GRU) under our contract: carried states, padding, packed rows.
+"""torch's recurrent kernels (RNN, LSTM, GRU) under our contract: carried states, padding, packed rows.
 
 Legend: B rows, L length, W hidden width, M packed sequences.
 """
@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from trilemma.ragged import Ragged
 
+Kernel = nn.RNN | nn.LSTM | nn.GRU
 Hidden = tuple[Tensor, ...]
 
 
-def init_kernel(kernel: nn.LSTM | nn.GRU, gates: int, forget_bias: float = 0.0) -> None:
+def init_kernel(kernel: Kernel, gates: int, forget_bias: float = 0.0) -> None:
     """Xavier for the inputs, orthogonal for each gate's recurrence, zero biases but an LSTM's forget gate."""
     weights = dict(kernel.named_parameters())
     nn.init.xavier_uniform_(weights["weight_ih_l0"])
@@ -25,15 +26,13 @@ def init_kernel(kernel: nn.LSTM | nn.GRU, gates: int, forget_bias: float = 0.0) 
         weights["bias_ih_l0"].zero_()[kernel.hidden_size : 2 * kernel.hidden_size] = forget_bias
 
 
-def run_kernel(
-    kernel: nn.LSTM | nn.GRU, x: Tensor, hidden: Hidden | None, ragged: Ragged | None
-) -> tuple[Tensor, Hidden]:
+def run_kernel(kernel: Kernel, x: Tensor, hidden: Hidden | None, ragged: Ragged | None) -> tuple[Tensor, Hidden]:
     """Runs a one-layer kernel (batch_first) over a call.
 
     Args:
-        kernel: nn.LSTM or nn.GRU.
+        kernel: nn.RNN, nn.LSTM or nn.GRU.
         x: [B, L, D].
-        hidden: the kernel's hidden tensors, [B, W] each (h, c for an LSTM; h for a GRU), or None for zeros.
+        hidden: the kernel's hidden tensors, [B, W] each (h, c for an LSTM; h for the others), or None for zeros.
         ragged: padding or packing.
 
     Returns:
@@ -55,7 +54,7 @@ def run_kernel(
     return y, kept
 
 
-def _run_packed(kernel: nn.LSTM | nn.GRU, x: Tensor, ragged: Ragged) -> Tensor:
+def _run_packed(kernel: Kernel, x: Tensor, ragged: Ragged) -> Tensor:
     """Each packed sequence as a row of its own, [M, longest, D], then back in place."""
     assert ragged.starts is not None and ragged.packed_positions is not None
     begins = ragged.starts.clone()
@@ -69,7 +68,7 @@ def _run_packed(kernel: nn.LSTM | nn.GRU, x: Tensor, ragged: Ragged) -> Tensor:
     return result
 
 
-def _join(kernel: nn.LSTM | nn.GRU, hidden: Hidden | None, dtype: torch.dtype) -> Tensor | Hidden | None:
+def _join(kernel: Kernel, hidden: Hidden | None, dtype: torch.dtype) -> Tensor | Hidden | None:
     if hidden is None:
         return None
     tensors = tuple(tensor[None].to(dtype) for tensor in hidden)
