@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.positions import rotate, rotation_frequencies
-from trilemma.ops.decayed_scan import DECAYED_SCAN, decayed_scan
+from trilemma.ops.decayed_scan import DECAYED_SCAN, decayed_scan, decayed_scan_flops
 from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, call_positions, zero_padding
 from trilemma.registry import register_mixer
@@ -209,14 +209,8 @@ class Retention(Mixer):
         """Projections, and the form that a call of this length runs: chunkwise as executed, or one step."""
         outer = self.num_heads * self.value_dim
         projections = 2 * length * self.d_model * (sum(self.widths) + outer)
-        per_state = 2 * self.head_dim * (self.value_dim + int(self.normaliser))
-        size = min(self.chunk_size, length)
-        if length == 1 and context > 0:
-            return projections + self.num_heads * per_state
-        chunks = -(-length // size)
-        within = 2 * size * size * (self.head_dim + self.value_dim + int(self.normaliser))
-        between = 2 * size * per_state if chunks > 1 or context > 0 else 0
-        return projections + self.num_heads * chunks * (within + between)
+        keys, values = (self.num_heads, self.head_dim), (self.num_heads, self.value_dim + int(self.normaliser))
+        return projections + decayed_scan_flops(length, context, keys, values, self.chunk_size)
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """h E F elements whatever the length."""

@@ -1,10 +1,15 @@
 """The decayed scan: S_t = exp(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head.
 
-The common core of RetNet (arXiv 2307.08621, constant a), gated RetNet, Mamba-2's SSD (arXiv 2405.21060) and
-scalar-gated linear attention. Three forms that give the same answer: naive (the recurrence as written), chunkwise
-(parallel within chunks, a State between them; memory grows linearly with length), and one step.
+The common core of RetNet (arXiv 2307.08621, constant a), gated RetNet (arXiv 2405.05254), Mamba-2's SSD (arXiv
+2405.21060), Mamba-3 (arXiv 2603.15569) and scalar-gated linear attention. Three forms that give the same answer: naive
+(the recurrence as written), chunkwise (parallel within chunks, a State between them; memory grows linearly with
+length), and one step.
 
-Legend: B rows, H heads, L length, N chunks, C chunk size, E key dimension, F value dimension.
+Heads may share queries and keys in groups (Mamba-2's B and C): products with them are then made once for the group. A
+token may write and read several times at once (Mamba-3's MIMO): K_t is [R, E], V_t is [R, F] and S gains K_t^T V_t.
+
+Legend: B rows, H heads, G groups of heads, P = H / G, L length, R rank, N chunks, C chunk size, E key dimension, F
+value dimension.
 """
 
 from __future__ import annotations
@@ -14,32 +19,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilemma.ops.mixing import mixes
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
 
 def decayed_scan_naive(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, rank: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token: the reference for the other forms.
 
     Args:
-        q, k: [B, H, L, E]. v: [B, H, L, F].
+        q, k: [B, G, L * R, E]; the R rows of a token are neighbours.
+        v: [B, H, L * R, F].
         log_decay: [B or 1, H, L] or [1, H, 1], <= 0.
         state: [B, H, E, F], or None for zeros.
+        rank: R.
 
     Returns:
-        o [B, H, L, F] and the last state.
+        o [B, H, L * R, F] and the last state.
     """
-    batch, heads, length, width = k.shape
-    s = torch.zeros(batch, heads, width, v.shape[-1], dtype=v.dtype, device=v.device) if state is None else state
+    batch, heads, length, wide = *v.shape[:2], v.shape[2] // rank, v.shape[3]
+    q, k = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (q, k))
+    s = torch.zeros(batch, heads, k.shape[-1], wide, dtype=v.dtype, device=v.device) if state is None else state
     decay = log_decay.exp().expand(-1, -1, length)
     outs = []
     for t in range(length):
-        s = decay[:, :, t, None, None] * s + k[:, :, t, :, None] * v[:, :, t, None, :]
-        outs.append((q[:, :, t, None, :] @ s)[:, :, 0])
-    return torch.stack(outs, dim=2), s
+        now = slice(t * rank, (t + 1) * rank)
+        s = decay[:, :, t, None, None] * s + k[:, :, now].transpose(-1, -2) @ v[:, :, now]
+        outs.append(q[:, :, now] @ s)
+    return torch.cat(outs, dim=2), s
 
 
+@mixes("v")
 def decayed_scan(
     q: Tensor,
     k: Tensor,
@@ -49,19 +60,21 @@ def decayed_scan(
     starts: Tensor | None = None,
     chunk_size: int = 64,
     want_state: bool = False,
+    rank: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Chunkwise form, any length, any chunk size.
 
     Args:
-        q, k, v, log_decay, state: as in `decayed_scan_naive`. At padding, k and log_decay must be zero.
+        q, k, v, log_decay, state, rank: as in `decayed_scan_naive`. At padding log_decay and k or v must be zero. v is
+            read fastest when a token's heads lie side by side in memory.
         starts: [B, L] True where a packed sequence begins: nothing crosses it.
-        chunk_size: C.
+        chunk_size: C, in tokens.
         want_state: whether the last state is needed.
 
     Returns:
-        o [B, H, L, F]; the last state (float32 at least), or None.
+        o [B, H, L * R, F]; the last state (float32 at least), or None.
     """
-    length = k.shape[2]
+    length, groups = k.shape[2] // rank, k.shape[1]
     if length == 1 and starts is None and state is not None:
         return decayed_step(q, k, v, log_decay, state)
     size = min(chunk_size, length)
@@ -69,97 +82,146 @@ def decayed_scan(
     rest = chunks * size - length
     constant = log_decay.shape[2] == 1 and length > 1
     if rest:
-        q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, rest)) for t in (q, k, v))
+        q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, rest * rank)) for t in (q, k, v))
         if not constant:
             log_decay = torch.nn.functional.pad(log_decay, (0, rest))
-    q, k, v = (t.unflatten(2, (chunks, size)) for t in (q, k, v))  # [B, H, N, C, *]
+    q, k = (t.unflatten(2, (chunks, size * rank)) for t in (q, k))  # [B, G, N, C R, E]
+    v = v.unflatten(2, (chunks, size * rank)).unflatten(1, (groups, -1))  # [B, G, P, N, C R, F]
     precise = torch.promote_types(log_decay.dtype, torch.float32)
     if constant:  # one pattern for all chunks; the padded tail only makes the last state older, mended below
         g = log_decay.to(precise) * torch.arange(1, size + 1, device=q.device)
         g = g[:, :, None]  # [1, H, 1, C]
     else:
         g = log_decay.to(precise).unflatten(2, (chunks, size)).cumsum(-1)  # [B or 1, H, N, C]
-    lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    within = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, -torch.inf).exp()  # [., H, ., C, C]
-    resets = _resets(starts, chunks, size, rest) if starts is not None else None  # [B, 1, N, C]
+    order = torch.arange(size, device=q.device).repeat_interleave(rank)
+    g = g.repeat_interleave(rank, dim=-1).unflatten(1, (groups, -1))  # [B or 1, G, P, N or 1, C R]
+    within = (g[..., :, None] - g[..., None, :]).masked_fill(order[:, None] < order, -torch.inf).exp()
+    resets = _resets(starts, chunks, size, rest, rank) if starts is not None else None  # [B, 1, 1, N, C R]
     if resets is not None:
         within = within * (resets[..., :, None] == resets[..., None, :])
-    out = ((q @ k.transpose(-1, -2)) * within.to(q.dtype)) @ v
+    out = ((q @ k.transpose(-1, -2))[:, :, None] * within.to(q.dtype)) @ v  # [B, G, P, N, C R, F]
     if chunks == 1 and state is None and not want_state:
-        return out.flatten(2, 3)[:, :, :length], None
-    last = g[..., -1]  # [., H, .]
+        return _tokens(out, length * rank), None
+    last = g[..., -1]  # [., G, P, .]
     to_end = (last[..., None] - g).exp()  # decay from a token to its chunk's end
     from_begin = g.exp()
     carry = last.exp()
     if rest and constant:  # the last chunk is shorter: its end comes sooner
-        to_end, carry = _shorter_last(to_end, carry, log_decay.to(precise), g, chunks, size - rest)
+        to_end, carry = _shorter_last(to_end, carry, log_decay.to(precise).view_as(last), g, chunks, size - rest)
     if resets is not None:
         to_end = to_end * (resets == resets[..., -1:])
         from_begin = from_begin * (resets == 0)
         carry = carry * (resets[..., -1] == 0)
-    added = ((k * to_end[..., None].to(k.dtype)).transpose(-1, -2) @ v).to(precise)  # [B, H, N, E, F]
-    before, final = _carried(added, carry.expand(-1, -1, chunks), state)
-    out = out + (q * from_begin[..., None].to(q.dtype)) @ before.to(q.dtype)
-    return out.flatten(2, 3)[:, :, :length], final
+    added = k.transpose(-1, -2) @ _side_by_side(v * to_end[..., None].to(v.dtype))  # [B, G, N, E, P F]
+    before, final = _carried(added, carry.expand(-1, -1, -1, chunks), state, precise)
+    read = (q @ before).unflatten(-1, (v.shape[2], -1)).permute(0, 1, 4, 2, 3, 5)
+    return _tokens(torch.addcmul(out, read, from_begin[..., None].to(out.dtype)), length * rank), final
 
 
 def decayed_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token; arguments as in `decayed_scan` with L = 1. In place on `state` when autograd is off."""
-    decay = log_decay.to(state.dtype).exp()[..., None]  # [., H, 1, 1]
-    k_e1 = k.transpose(-1, -2).to(state.dtype)
-    if torch.is_grad_enabled():
-        state = decay * state + k_e1 * v.to(state.dtype)
+    groups, rank = k.shape[1:3]
+    s = state.unflatten(1, (groups, -1))  # [B, G, P, E, F], a view
+    decay = log_decay.to(s.dtype).exp().unflatten(1, (groups, -1))[..., None]  # [., G, P, 1, 1]
+    q_r, k_r = (t.to(s.dtype)[:, :, None] for t in (q, k))  # [B, G, 1, R, E]
+    k_e, v_r = k_r.transpose(-1, -2), v.to(s.dtype).unflatten(1, (groups, -1))
+    with torch.autocast(q.device.type, enabled=False):  # the State is written and read in its own precision
+        if rank > 1:
+            k_e, v_r = k_e @ v_r, torch.ones_like(decay)
+        s = torch.addcmul(decay * s, k_e, v_r) if torch.is_grad_enabled() else s.mul_(decay).addcmul_(k_e, v_r)
+        out = (q_r @ s).flatten(1, 2).to(v.dtype)
+    return out, s.flatten(1, 2) if torch.is_grad_enabled() else state
+
+
+def decayed_scan_flops(
+    length: int, context: int, keys: tuple[int, int], values: tuple[int, int], chunk_size: int, rank: int = 1
+) -> int:
+    """FLOPs of the form that a call of this length runs: chunkwise as executed, or one step.
+
+    Args:
+        length, context: new tokens, and whether (above 0) a State is carried.
+        keys: G and E.
+        values: H and F.
+    """
+    (groups, key_dim), (heads, value_dim) = keys, values
+    per_state = 2 * rank * heads * key_dim * value_dim
+    if length == 1 and context > 0:
+        return per_state if rank == 1 else 2 * per_state
+    size = min(chunk_size, length)
+    chunks, rows = -(-length // size), size * rank
+    within = 2 * rows * rows * (groups * key_dim + heads * value_dim)
+    between = 2 * size * per_state if chunks > 1 or context > 0 else 0
+    return chunks * (within + between)
+
+
+def _side_by_side(v: Tensor) -> Tensor:
+    """[B, G, P, N, C, F] -> [B, G, N, C, P F]: one product serves all heads of a group."""
+    return v.permute(0, 1, 3, 4, 2, 5).flatten(-2)
+
+
+def _tokens(out: Tensor, rows: int) -> Tensor:
+    """[B, G, P, N, C, F] -> [B, H, rows, F]."""
+    return out.flatten(3, 4)[:, :, :, :rows].flatten(1, 2)
+
+
+def _carried(added: Tensor, carry: Tensor, state: Tensor | None, precise: torch.dtype) -> tuple[Tensor, Tensor]:
+    """State before each chunk [B, G, N, E, P F] and after the last [B, H, E, F].
+
+    Args:
+        added: [B, G, N, E, P F] each chunk's own part.
+        carry: [B or 1, G, P, N] each chunk's decay.
+    """
+    groups, shared = carry.shape[1:3]
+    parts = added.unflatten(-1, (shared, -1)).unbind(2)  # [B, G, E, P, F] each; a loop of indexing would be quadratic
+    if state is None:
+        current = torch.zeros_like(parts[0], dtype=precise)
     else:
-        state.mul_(decay).addcmul_(k_e1, v.to(state.dtype))
-    with torch.autocast(q.device.type, enabled=False):  # the State is read in its own precision
-        return (q.to(state.dtype) @ state).to(v.dtype), state
-
-
-def _carried(added: Tensor, carry: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """State before each chunk [B, H, N, E, F] and after the last, from each chunk's own part and its decay."""
-    current = torch.zeros_like(added[:, :, 0]) if state is None else state.to(added.dtype)
+        current = state.to(precise).unflatten(1, (groups, -1)).transpose(2, 3)
     before = []
-    for n in range(added.shape[2]):
-        before.append(current)
-        current = torch.addcmul(added[:, :, n], carry[:, :, n, None, None], current)
-    return torch.stack(before, dim=2), current
+    for part, decay in zip(parts, carry[:, :, None, :, None].unbind(-1), strict=True):
+        before.append(current.to(added.dtype))
+        current = torch.addcmul(part.to(precise), decay, current)
+    return torch.stack(before, dim=2).flatten(-2), current.transpose(2, 3).flatten(1, 2)
 
 
 def _shorter_last(
     to_end: Tensor, carry: Tensor, log_decay: Tensor, g: Tensor, chunks: int, kept: int
 ) -> tuple[Tensor, Tensor]:
     """Constant decay, padded last chunk: its end is token `kept`, not token C."""
-    end = log_decay[:, :, None] * kept  # [1, H, 1, 1]
+    end = log_decay[..., None] * kept  # [1, G, P, 1, 1]
     short = (end - g).clamp(max=0).exp()  # beyond `kept` k is zero
-    to_end = torch.cat([to_end.expand(-1, -1, chunks - 1, -1), short], dim=2)
-    carry = torch.cat([carry.expand(-1, -1, chunks - 1), end[..., 0].exp()], dim=2)
+    to_end = torch.cat([to_end.expand(-1, -1, -1, chunks - 1, -1), short], dim=3)
+    carry = torch.cat([carry.expand(-1, -1, -1, chunks - 1), end[..., 0].exp()], dim=3)
     return to_end, carry
 
 
-def _resets(starts: Tensor, chunks: int, size: int, rest: int) -> Tensor:
-    """[B, 1, N, C] how many packed sequences have begun since the chunk's first token, that one included."""
+def _resets(starts: Tensor, chunks: int, size: int, rest: int, rank: int) -> Tensor:
+    """[B, 1, 1, N, C R] how many packed sequences have begun since the chunk's first token, that one included."""
     padded = torch.nn.functional.pad(starts, (0, rest))
-    counts: Tensor = padded.unflatten(1, (chunks, size)).cumsum(-1)
-    return counts[:, None]
+    counts: Tensor = padded.unflatten(1, (chunks, size)).cumsum(-1).repeat_interleave(rank, dim=-1)
+    return counts[:, None, None]
 
 
 def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    """Constant or per-token decay (also none at all), any length and chunk size, with or without a carried state."""
+    """Constant or per-token decay (also none at all), shared keys, several ranks, any length and chunk size, with or
+    without a carried state."""
 
     def normal(*shape: int) -> Tensor:
         return drawn_normal(generator, dtype, *shape)
 
-    batch, heads, width, wide = (drawn_integer(generator, 1, 3) for _ in range(4))
+    batch, groups, shared, rank, width, wide = (drawn_integer(generator, 1, 3) for _ in range(6))
     length, carried = drawn_integer(generator, 1, 40), drawn_integer(generator, 0, 1) == 1
     constant, strength = drawn_integer(generator, 0, 1) == 1, (0.0, 0.05, 3.0)[drawn_integer(generator, 0, 2)]
+    heads, rows = groups * shared, length * rank
     shape = (1, heads, 1) if constant else (batch, heads, length)
     return {
-        "q": normal(batch, heads, length, width),
-        "k": normal(batch, heads, length, width),
-        "v": normal(batch, heads, length, wide),
+        "q": normal(batch, groups, rows, width),
+        "k": normal(batch, groups, rows, width),
+        "v": normal(batch, heads, rows, wide),
         "log_decay": -strength * drawn_uniform(generator, dtype, *shape),
         "state": normal(batch, heads, width, wide) if carried else None,
         "chunk_size": (1, 2, 7, 64)[drawn_integer(generator, 0, 3)],
+        "rank": rank,
     }
 
 
