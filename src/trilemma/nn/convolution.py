@@ -1,6 +1,6 @@
-"""Short causal convolutions over the length, one filter a channel, with the last inputs carried as a tail.
+"""Short convolutions over the length, the last inputs carried as a tail: one filter a channel, or all channels mixed.
 
-Legend: B rows, L length, D channels, K taps.
+Legend: B rows, L length, D channels, K taps, E output channels.
 """
 
 from __future__ import annotations
@@ -102,3 +102,66 @@ class ShortConvolution(nn.Module):
     def flops(self, length: int) -> int:
         """2 K D a token; a single token's products are element by element, which no cost formula counts."""
         return 2 * length * self.weight.numel() if length > 1 else 0
+
+
+class DenseConvolution(nn.Module):
+    """y_t = b + sum_j W_j x_(t - before + j): the K tokens around t, all their channels mixed; zeros beyond the ends.
+
+    Args:
+        channels: D.
+        outputs: E.
+        taps: K.
+        causal: before = K - 1; else (K - 1) // 2, the window being centred.
+
+    Attributes:
+        weight: [E, D, K], torch's layout. Drawn by Xavier's rule for D K inputs and E outputs.
+        bias: [E] zeros.
+    """
+
+    def __init__(self, channels: int, outputs: int, taps: int, causal: bool = True) -> None:
+        super().__init__()
+        self.taps, self.causal = taps, causal
+        self.before = taps - 1 if causal else (taps - 1) // 2
+        bound = math.sqrt(6 / (channels * taps + outputs))
+        self.weight = nn.Parameter(torch.empty(outputs, channels, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def new_tail(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros [rows, K - 1, D]: nothing read yet."""
+        return torch.zeros(rows, self.taps - 1, self.weight.shape[1], dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, tail: Tensor | None, ragged: Ragged | None) -> tuple[Tensor, Tensor | None]:
+        """Convolves the tokens of one call.
+
+        Args:
+            x: [B, L, D], zero at padding.
+            tail: [B, K - 1, D] from `new_tail` or an earlier call; None: whole sequences.
+            ragged: the call; nothing crosses the borders of packed sequences.
+
+        Returns:
+            y [B, L, E] of x's type, and the tail to go on with (None without one).
+        """
+        length = x.shape[1]
+        if self.causal:
+            line = extended(x, tail, self.taps)
+        else:
+            line = nn.functional.pad(x, (0, 0, self.before, self.taps - 1 - self.before))
+        segments = ragged.segments if ragged is not None else None
+        if length > 1 and segments is None:
+            y = nn.functional.conv1d(line.transpose(1, 2), self.weight, self.bias).transpose(1, 2)
+        else:
+            seen = [line[:, j : j + length] for j in range(self.taps)]
+            if segments is not None:
+                numbers = nn.functional.pad(segments, (self.before, self.taps - 1 - self.before), value=-1)
+                others = [(numbers[:, j : j + length] != segments)[:, :, None] for j in range(self.taps)]
+                seen = [inputs.masked_fill(other, 0) for inputs, other in zip(seen, others, strict=True)]
+            y = nn.functional.linear(torch.stack(seen, dim=-1).flatten(2), self.weight.flatten(1), self.bias)
+        return y, None if tail is None else next_tail(tail, line, ragged)
+
+    def count_parameters(self) -> int:
+        """E (K D + 1)."""
+        return self.weight.numel() + len(self.bias)
+
+    def flops(self, length: int) -> int:
+        """2 K D E a token."""
+        return 2 * length * self.weight.numel()
