@@ -17,6 +17,9 @@ LENGTH = 70
 def test_calls_are_the_whole_sequence(name: str, grad: bool) -> None:
     able = mixer_class(name).capabilities
     mixer = build_mixer(name, 32, able.causal or able.reads_memory, 4)
+    with torch.no_grad():  # fresh weights may be zeros
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     x, memory = torch.randn(2, LENGTH, 32), torch.randn(2, 5, 32)
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
         state: State | None = mixer.remember(memory) if isinstance(mixer, MemoryMixer) else None
