@@ -218,7 +218,7 @@ class Mixer(nn.Module, ABC):
         dtype = dtype or weight.dtype
         place = torch.device(device) if device is not None else weight.device
         if rewind and not self.capabilities.rewinds:
-            return Replay.empty(self, rows, rewind, dtype, place)
+            return Replay.empty(self, rows, capacity, rewind, dtype, place)
         return self.new_state(rows, capacity, rewind, dtype, place)
 
 
@@ -259,11 +259,13 @@ class Replay(State):
     stale: bool  # `current` must be rebuilt
 
     @classmethod
-    def empty(cls, mixer: Mixer, rows: int, limit: int, dtype: torch.dtype, device: torch.device) -> Replay:
+    def empty(
+        cls, mixer: Mixer, rows: int, capacity: int | None, limit: int, dtype: torch.dtype, device: torch.device
+    ) -> Replay:
         """No tokens read yet."""
         return cls(
-            current=mixer.new_state(rows, None, 0, dtype, device),
-            anchor=mixer.new_state(rows, None, 0, dtype, device),
+            current=mixer.new_state(rows, capacity, 0, dtype, device),
+            anchor=mixer.new_state(rows, capacity, 0, dtype, device),
             recent=torch.zeros(rows, 2 * limit, sum(_widths(mixer)), dtype=dtype, device=device),
             counts=torch.zeros(rows, dtype=torch.int64, device=device),
             limit=limit,
