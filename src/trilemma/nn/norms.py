@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim] -> same shape and type."""
-        return nn.functional.rms_norm(x, (self.dim,), self.weight, self.epsilon)
+        wide = x if self.weight is None else x.to(torch.promote_types(x.dtype, self.weight.dtype))  # under autocast
+        return nn.functional.rms_norm(wide, (self.dim,), self.weight, self.epsilon).to(x.dtype)
 
 
 def make_norm(kind: str, dim: int, epsilon: float, bias: bool = True) -> nn.Module:

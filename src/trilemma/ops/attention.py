@@ -1,6 +1,6 @@
 """Scaled dot-product attention by positions, over torch's kernels, with a naive reference.
 
-Legend: B rows, H query heads, G key-value heads (G divides H), L queries, K keys, D head dimension.
+Legend: B rows, H query heads, G key-value heads (G divides H), L queries, K keys, D head dimension, F that of values.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def attend(
     """softmax(scale * Q K^T + bias, over allowed keys) V.
 
     Args:
-        queries: [B, H, L, D]. keys, values: [B, G, K, D].
+        queries: [B, H, L, D]. keys: [B, G, K, D]. values: [B, G, K, F]; torch's fused kernels want F = D.
         mask: [B or 1, 1, L, K] True where allowed. A query that may see nothing returns zeros.
         bias: [B or 1, H, L, K] added to the scores.
         is_causal: the plain lower triangle, L = K, with neither mask nor bias.
         scale: None: 1 / sqrt(D).
 
     Returns:
-        [B, H, L, D].
+        [B, H, L, F].
     """
     shared = keys.shape[1] != queries.shape[1]
     if mask is None and bias is None:
@@ -124,19 +124,20 @@ def attend_naive(
 
 
 def _draw(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    """What the mixers ask for: grouped heads, fewer queries than keys, masks with blind rows, biases."""
+    """What the mixers ask for: grouped heads, fewer queries than keys, masks with blind rows, biases, other values."""
 
     def normal(*shape: int) -> Tensor:
         return drawn_normal(generator, dtype, *shape)
 
     batch, groups, share = (drawn_integer(generator, 1, 2) for _ in range(3))
     length, more, dim = drawn_integer(generator, 1, 7), drawn_integer(generator, 0, 5), drawn_integer(generator, 1, 5)
+    value_dim = dim if drawn_integer(generator, 0, 1) else drawn_integer(generator, 1, 5)
     heads, kind = groups * share, drawn_integer(generator, 0, 3)
     held = length if kind == 0 else length + more
     drawn: dict[str, Any] = {
         "queries": normal(batch, heads, length, dim),
         "keys": normal(batch, groups, held, dim),
-        "values": normal(batch, groups, held, dim),
+        "values": normal(batch, groups, held, value_dim),
         "is_causal": kind == 0,
         "scale": 0.7 if drawn_integer(generator, 0, 1) else None,
     }
