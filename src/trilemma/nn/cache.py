@@ -1,6 +1,6 @@
 """Storage of keys and values behind one interface, `append`: growing or reserved, and a ring for windows.
 
-Legend: B rows, H key-value heads, L length of the call, K keys returned, D head dimension.
+Legend: B rows, H key-value heads, L length of the call, K keys returned, D head dimension (of values possibly another).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class KVCache(State):
     """Keys and values of all tokens read.
 
     Attributes:
-        keys, values: [B, H, capacity, D]; zero where nothing was written.
+        keys, values: [B, H, capacity, D]; zero where nothing was written. Values may be of width 0, where the
+            keys hold them too.
         lengths: [B] tokens held.
         bound: at least max(lengths), known to Python; reads stop there.
         uniform: every row holds exactly `bound` tokens.
@@ -55,13 +56,20 @@ class KVCache(State):
 
     @classmethod
     def empty(
-        cls, rows: int, heads: int, head_dim: int, capacity: int | None, dtype: torch.dtype, device: torch.device
+        cls,
+        rows: int,
+        heads: int,
+        head_dim: int,
+        capacity: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        value_dim: int | None = None,
     ) -> KVCache:
-        """No tokens; with `capacity` the room is reserved at once."""
-        shape = (rows, heads, capacity or 0, head_dim)
+        """No tokens; with `capacity` the room is reserved at once. `value_dim`: None: head_dim."""
+        shape = (rows, heads, capacity or 0)
         return cls(
-            keys=torch.zeros(shape, dtype=dtype, device=device),
-            values=torch.zeros(shape, dtype=dtype, device=device),
+            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            values=torch.zeros(*shape, head_dim if value_dim is None else value_dim, dtype=dtype, device=device),
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             bound=0,
             uniform=True,
@@ -71,8 +79,8 @@ class KVCache(State):
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values of the tokens held."""
-        _, heads, _, head_dim = self.keys.shape
-        return int(self.lengths.sum()) * 2 * heads * head_dim * self.keys.element_size()
+        widths = self.keys.shape[3] + self.values.shape[3]
+        return int(self.lengths.sum()) * self.keys.shape[1] * widths * self.keys.element_size()
 
     def append(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[KeyValues, KVCache]:
         """Adds the valid tokens of a call; returns all there is to look at, and the new cache.
