@@ -58,7 +58,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"\n  {verb} " in text for verb in cli.VERBS)
     assert list(cli.VERBS) == [
-        "compare", "train", "evaluate", "generate", "classify", "verify", "bench", "data", "doctor",
+        "compare", "train", "evaluate", "generate", "classify", "verify", "bench", "show", "data", "doctor",
     ]  # fmt: skip
 
 

@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
     "classify": Verb("trilemma.cli.classify", "labels and probabilities for lines of text"),
     "verify": Verb("trilemma.cli.verify", "the laws, on our mixers or on yours (--plugin)"),
     "bench": Verb("trilemma.cli.bench", "cost curves: prefill, time per token, state bytes against context"),
+    "show": Verb("trilemma.cli.show", "what its layers look at: attention maps, alignments, mixing matrices"),
     "data": Verb("trilemma.cli.data", "data check: encoding, alignment, duplicates, overlap, lengths"),
     "doctor": Verb("trilemma.cli.doctor", "what this machine offers, what will be used, and why"),
 }

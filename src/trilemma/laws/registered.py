@@ -80,9 +80,10 @@ def _factory(cls: type[Mixer], variant: dict[str, Any]) -> Callable[[], Mixer]:
     options = dict(variant)
     able = cls.capabilities
     causal = options.pop("causal", able.causal or able.reads_memory)
+    heads = options.pop("num_heads", _NUM_HEADS)
 
     def build(**role: bool) -> Mixer:
-        return build_mixer(cls.name, _D_MODEL, causal, _NUM_HEADS, **options | role)
+        return build_mixer(cls.name, _D_MODEL, causal, heads, **options | role)
 
     def factory() -> Mixer:
         mixer = build()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trilemma.ops.mixing import mixes
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
 
@@ -54,6 +55,7 @@ def attention_mask(
     return allowed[:, None]
 
 
+@mixes("values")
 def attend(
     queries: Tensor,
     keys: Tensor,

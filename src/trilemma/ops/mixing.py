@@ -51,7 +51,7 @@ class MixingCall:
     @property
     def name(self) -> str:
         """The operator's."""
-        return self.operator.__name__
+        return self.operator.__name__.strip("_")
 
     @property
     def values(self) -> Tensor:
@@ -66,16 +66,17 @@ class MixingCall:
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """M [B, H, L, K] with y = M v; a feature of its own decay or filter counts as a head."""
-        values = self.values
-        columns = []
-        for position in range(values.shape[2]):
+        values, mixed = self.arguments[self.argument], self.mixed
+        axis = 2 if self.axes == "bhlf" else 1
+        matrix = mixed.new_empty(*mixed.shape[:3], values.shape[axis])
+        for position in range(values.shape[axis]):
             hot = torch.zeros_like(values)
-            hot[:, :, position] = 1
-            given = hot.squeeze(3).transpose(1, 2) if self.axes == "blh" else hot
-            given = given.transpose(1, 2) if self.axes == "blhf" else given
-            columns.append(self._ordered(_first(self.operator(**self.arguments | {self.argument: given})))[..., 0])
-        return torch.stack(columns, dim=-1)
+            hot.select(axis, position).fill_(1)
+            output = _first(self.operator(**self.arguments | {self.argument: hot}))
+            matrix[..., position] = self._ordered(output)[..., 0]
+        return matrix
 
+    @torch.no_grad()
     def error(self, matrix: Tensor) -> float:
         """The largest difference of M v from y, in parts of y's largest value (or of 1)."""
         mixed = self.mixed.double()
@@ -87,7 +88,7 @@ class MixingCall:
     def _ordered(self, tensor: Tensor) -> Tensor:
         """[B, H, L, F] out of an argument's order."""
         if self.axes == "blh":
-            return tensor.transpose(1, 2).unsqueeze(3)
+            return tensor.flatten(2).transpose(1, 2).unsqueeze(3)
         return tensor.transpose(1, 2) if self.axes == "blhf" else tensor
 
 
