@@ -101,7 +101,7 @@ def test_every_module_of_the_package_is_found() -> None:
 def test_discovery_needs_no_import_of_the_mixers() -> None:
     code = "from trilemma.registry import available_mixers; print(' '.join(available_mixers()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == BUILT_IN
+    assert set(done.stdout.split()) >= BUILT_IN
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,9 @@ def test_an_unknown_mixer_names_the_nearest(name: str, message: str) -> None:
 
 
 def test_a_mixer_like_no_other_lists_them_all() -> None:
-    with pytest.raises(ConfigError, match=r'^unknown mixer "zzz"; valid: attention, bidirectional, cross_attention, '):
+    with pytest.raises(ConfigError) as caught:
         registry.mixer_class("zzz")
+    assert str(caught.value) == f'unknown mixer "zzz"; valid: {", ".join(registry.available_mixers())}'
 
 
 BASE: dict[str, Any] = {"layout": "decoder-only", "vocab_size": 5, "d_model": 8, "num_layers": 1, "num_heads": 2}
