@@ -84,11 +84,15 @@ class ShortConvolution(nn.Module):
             filters = weight.t()[:, None]
             y = nn.functional.conv1d(line.transpose(1, 2), filters, groups=len(filters)).transpose(1, 2)
         else:
-            terms = [line[:, j : j + length] * weight[j] for j in range(self.taps)]
-            if places is not None:  # a tap reaches back no further than its sequence's first token
-                back = [(places >= self.taps - 1 - j)[:, :, None] for j in range(self.taps)]
-                terms = [term * seen for term, seen in zip(terms, back, strict=True)]
-            y = torch.stack(terms).sum(0)
+            # Rounded once, like the kernel's sums: a call of one token gives what a call of many gives.
+            precise = torch.promote_types(x.dtype, torch.float32)
+            inputs, filters = line.to(precise), weight.to(precise)
+            if places is None:
+                y = (inputs * filters).sum(1, keepdim=True).to(x.dtype)
+            else:  # a tap reaches back no further than its sequence's first token
+                terms = [inputs[:, j : j + length] * filters[j] for j in range(self.taps)]
+                seen = [(places >= self.taps - 1 - j)[:, :, None] for j in range(self.taps)]
+                y = torch.stack([term * near for term, near in zip(terms, seen, strict=True)]).sum(0).to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if self.activation:
