@@ -1,12 +1,21 @@
-"""What every test gets: one rotating, printed seed; NaN-poisoned allocation; one thread a worker."""
+"""What every test gets: one rotating, printed seed; NaN-poisoned allocation; one thread a worker.
+
+Oracle tests compare by the fixture `agrees`. To write down what they find, for `verify` and the pages in docs/mixers/:
+
+    TRILEMMA_RECORD_ORACLES=1 TRILEMMA_SEED=1 python -m pytest tests/mixers tests/ops -k oracles
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import random
 import secrets
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: pytest-xdist runs one process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,8 +24,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from trilemma.laws.oracles import Agreement, write_shipped
 
 SEED_VARIABLE = "TRILEMMA_SEED"
+RECORD_VARIABLE = "TRILEMMA_RECORD_ORACLES"
+AGREEMENTS: list[Agreement] = []
 
 _SLOW_MACHINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("fast", max_examples=10, deadline=None, suppress_health_check=_SLOW_MACHINE)
@@ -82,3 +96,66 @@ def _poisoned_allocation() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def agrees(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Asserts that a mixer agrees with an oracle, and notes how closely.
+
+    agrees(mixer, what, got, want, oracle="transformers Mamba2Mixer", rtol=1e-5, atol=1e-5)
+
+    Args:
+        mixer: its name.
+        what: the layer or an operator; whole, in cached steps, gradients.
+        got, want: tensors, or sequences of them.
+        oracle: an installed package and its part, or where stored numbers come from.
+        no_oracle: in its place, why none can be had; `want` are then the equations written out.
+        rtol, atol: as of torch.testing.assert_close.
+    """
+    test = f"{request.path.relative_to(request.config.rootpath).as_posix()}::{request.function.__name__}"
+
+    def check(mixer: str, what: str, got: Any, want: Any, *, oracle: str = "", no_oracle: str = "", **close: float):
+        assert bool(oracle) != bool(no_oracle)
+        torch.testing.assert_close(got, want, **close)
+        if RECORD_VARIABLE in os.environ:
+            (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(got)}
+            pairs = zip(_tensors(got), _tensors(want), strict=True)
+            error = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+            day, commit = f"{datetime.now(UTC):%Y-%m-%d}", _commit(request.config.rootpath)
+            rounded = float(f"{error:.1e}")
+            AGREEMENTS.append(Agreement(mixer, _versioned(oracle), no_oracle, what, dtype, rounded, test, day, commit))
+
+    return check
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value.detach()] if isinstance(value, Tensor) else [tensor for item in value for tensor in _tensors(item)]
+
+
+def _versioned(oracle: str) -> str:
+    """With its version behind the package's name, if it begins with one."""
+    package, _, part = oracle.partition(" ")
+    try:
+        version = importlib.metadata.version(package).partition("+")[0] if package else ""
+    except importlib.metadata.PackageNotFoundError:
+        return oracle
+    return f"{package} {version} {part}".strip()
+
+
+def _commit(root: Path) -> str:
+    """The commit checked out, and whether the package differs from it."""
+    commands = ["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "src", "tests"]
+    head, changes = (
+        subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        for command in commands
+    )
+    changed = [line for line in changes.splitlines() if not line.endswith("oracles.json")]
+    return f"{head} with changes" if changed else head
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Writes down what oracles agreed with, if nothing failed."""
+    if AGREEMENTS and exitstatus == pytest.ExitCode.OK:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            raise pytest.UsageError(f"{RECORD_VARIABLE} needs one process: leave out -n")
+        write_shipped(AGREEMENTS)

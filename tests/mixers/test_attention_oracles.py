@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from trilemma.ragged import Ragged
 
 ROWS, LENGTH, D_MODEL, HEADS = 3, 11, 24, 4
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
+TORCHS = "torch MultiheadAttention"
 
 
 def inputs(length: int = LENGTH) -> Tensor:
@@ -46,12 +49,12 @@ def randomised(mixer: nn.Module) -> None:
             parameter.copy_(0.4 * torch.randn_like(parameter))
 
 
-def test_causal_attention_is_torchs() -> None:
+def test_causal_attention_is_torchs(agrees: Callable[..., None]) -> None:
     mixer = Attention(D_MODEL, num_heads=HEADS).double()
     randomised(mixer)
     x = inputs()
     want, _ = torchs_own(mixer)(x, x, x, attn_mask=causal_mask())
-    torch.testing.assert_close(mixer(x)[0], want, **TIGHT)
+    agrees("attention", "layer", mixer(x)[0], want, oracle=TORCHS, **TIGHT)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -67,7 +70,7 @@ def test_bidirectional_attention_is_torchs(padded: bool) -> None:
     torch.testing.assert_close(got[where], want[where], **TIGHT)
 
 
-def test_gradients_are_torchs() -> None:
+def test_gradients_are_torchs(agrees: Callable[..., None]) -> None:
     mixer = Attention(D_MODEL, num_heads=HEADS).double()
     randomised(mixer)
     oracle, x = torchs_own(mixer), inputs()
@@ -75,11 +78,12 @@ def test_gradients_are_torchs() -> None:
     (oracle(x, x, x, attn_mask=causal_mask())[0] * weights).sum().backward()
     (mixer(x)[0] * weights).sum().backward()
     assert oracle.in_proj_weight.grad is not None
-    torch.testing.assert_close(mixer.qkv.weight.grad, oracle.in_proj_weight.grad, rtol=0, atol=1e-11)
+    got, want = mixer.qkv.weight.grad, oracle.in_proj_weight.grad
+    agrees("attention", "gradients of the layer", got, want, oracle=TORCHS, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_cross_attention_is_torchs(padded: bool) -> None:
+def test_cross_attention_is_torchs(padded: bool, agrees: Callable[..., None]) -> None:
     mixer = CrossAttention(D_MODEL, num_heads=HEADS).double()
     randomised(mixer)
     oracle = nn.MultiheadAttention(D_MODEL, HEADS, batch_first=True, dtype=torch.float64)
@@ -93,7 +97,7 @@ def test_cross_attention_is_torchs(padded: bool) -> None:
     mask = None if lengths is None else torch.arange(7) >= lengths[:, None]
     want, _ = oracle(x, memory, memory, key_padding_mask=mask)
     got, _ = mixer(x, mixer.remember(memory, lengths))
-    torch.testing.assert_close(got, want, **TIGHT)
+    agrees("cross_attention", "layer", got, want, oracle=TORCHS, **TIGHT)
 
 
 @pytest.mark.parametrize("interval", [1, 2])
@@ -114,7 +118,7 @@ def test_grouped_heads_are_repeated_heads(interval: int) -> None:
     torch.testing.assert_close(grouped(x)[0], full(x)[0], **TIGHT)
 
 
-def test_rotary_grouped_attention_is_llamas() -> None:
+def test_rotary_grouped_attention_is_llamas(agrees: Callable[..., None]) -> None:
     config = LlamaConfig(
         hidden_size=D_MODEL, num_attention_heads=HEADS, num_key_value_heads=2, attn_implementation="eager"
     )
@@ -130,10 +134,11 @@ def test_rotary_grouped_attention_is_llamas() -> None:
     positions = embedding(x, torch.arange(LENGTH)[None])
     want, _ = oracle(x, position_embeddings=positions, attention_mask=causal_mask()[None, None])
     # transformers computes angles in float32
-    torch.testing.assert_close(mixer(x)[0], want, rtol=0, atol=1e-5)
+    llamas = "transformers LlamaAttention"
+    agrees("attention", "layer with rotation and shared keys", mixer(x)[0], want, oracle=llamas, rtol=0, atol=1e-5)
 
 
-def test_normalised_queries_and_keys_are_qwens() -> None:
+def test_normalised_queries_and_keys_are_qwens(agrees: Callable[..., None]) -> None:
     config = Qwen3Config(
         hidden_size=D_MODEL, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=6, attn_implementation="eager"
     )
@@ -159,7 +164,8 @@ def test_normalised_queries_and_keys_are_qwens() -> None:
     x = inputs()
     positions = LlamaRotaryEmbedding(config).double()(x, torch.arange(LENGTH)[None])
     want, _ = oracle(x, position_embeddings=positions, attention_mask=causal_mask()[None, None])
-    torch.testing.assert_close(mixer(x)[0], want, rtol=0, atol=1e-5)
+    qwens = "transformers Qwen3Attention"
+    agrees("attention", "layer with normalised queries and keys", mixer(x)[0], want, oracle=qwens, rtol=0, atol=1e-5)
 
 
 def test_interleaved_rotation_is_gptjs() -> None:
@@ -170,7 +176,7 @@ def test_interleaved_rotation_is_gptjs() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_t5_bias_is_t5s(causal: bool) -> None:
+def test_t5_bias_is_t5s(causal: bool, agrees: Callable[..., None]) -> None:
     config = T5Config(
         d_model=D_MODEL, d_kv=6, num_heads=HEADS, is_decoder=causal, dropout_rate=0.0, attn_implementation="eager"
     )
@@ -187,7 +193,8 @@ def test_t5_bias_is_t5s(causal: bool) -> None:
     x = inputs(140)[:1]  # beyond the largest distance that has a bucket of its own
     mask = causal_mask(140)[None, None] if causal else torch.zeros(1, 1, 140, 140, dtype=torch.float64)
     want = oracle(x, mask=mask)[0]
-    torch.testing.assert_close(mixer(x)[0], want, rtol=0, atol=1e-10)
+    t5s = "transformers T5Attention"
+    agrees("attention", "layer with T5's biases", mixer(x)[0], want, oracle=t5s, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -198,10 +205,11 @@ def test_t5_buckets_are_t5s(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 12, 16, 20])
-def test_alibi_slopes_are_blooms(heads: int) -> None:
+def test_alibi_slopes_are_blooms(heads: int, agrees: Callable[..., None]) -> None:
     biases = build_alibi_tensor(torch.ones(1, 5), heads, torch.float32).view(heads, 5)
     want = biases[:, 4] - biases[:, 3]
-    torch.testing.assert_close(torch.tensor(alibi_slopes(heads)), want, rtol=1e-6, atol=0)
+    blooms = "transformers build_alibi_tensor (Bloom)"
+    agrees("attention", "ALiBi's slopes", torch.tensor(alibi_slopes(heads)), want, oracle=blooms, rtol=1e-6, atol=0)
 
 
 def test_alibi_is_a_penalty_on_distance() -> None:

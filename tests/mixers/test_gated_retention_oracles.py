@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from trilemma.mixers.gated_retention import GatedRetention
 
 STORED = json.loads((Path(__file__).parents[1] / "assets" / "gated-retention-yoco.json").read_text())
 WIDTH, HEADS = 8, 2
+AUTHORS = f"numbers stored from {STORED['source']}"
 
 
 def pattern(seed: int, *shape: int) -> Tensor:
@@ -34,11 +36,12 @@ def mixer(**options: int) -> GatedRetention:
 
 @pytest.mark.parametrize("form", ["chunk", "step"])
 @pytest.mark.parametrize("chunk_size", [7, 64, 256])
-def test_whole_layer(chunk_size: int, form: str) -> None:
+def test_whole_layer(chunk_size: int, form: str, agrees: Callable[..., None]) -> None:
     """Its decays are float32, ours here float64."""
     y, _ = mixer(chunk_size=chunk_size)(pattern(10, 1, STORED["length"], WIDTH))
     want = torch.tensor(STORED[form], dtype=torch.float64)
-    torch.testing.assert_close(y[0, STORED["positions"]], want, rtol=1e-5, atol=1e-6)
+    what, got = f"layer against its {form} form", y[0, STORED["positions"]]
+    agrees("gated_retention", what, got, want, oracle=AUTHORS, rtol=1e-5, atol=1e-6)
 
 
 def test_the_comparison_can_fail() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from trilemma.mixers.base import build_mixer
 from trilemma.mixers.gla import GatedLinearAttention
 
 HEADS, WIDTH, LENGTH, BATCH = 4, 32, 75, 2
+ORACLE = {"oracle": "fla-core naive_recurrent_gla", "rtol": 1e-4, "atol": 1e-5}
 
 
 def naive_form() -> ModuleType:
@@ -29,7 +31,7 @@ def naive_form() -> ModuleType:
     return module
 
 
-def test_the_layer_around_the_naive_scan() -> None:
+def test_the_layer_around_the_naive_scan(agrees: Callable[..., None]) -> None:
     mixer = build_mixer("gla", d_model=WIDTH, num_heads=HEADS)
     assert isinstance(mixer, GatedLinearAttention)
     with torch.no_grad():
@@ -42,13 +44,13 @@ def test_the_layer_around_the_naive_scan() -> None:
     o, _ = naive_form().naive_recurrent_gla(*((x @ w.T).view(heads) for w in (w_q, w_k, w_v)), alpha.log().view(heads))
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
     want = (nn.functional.silu(x @ w_g.T) * o.flatten(2)) @ mixer.out.weight.T
-    torch.testing.assert_close(mixer(x)[0], want, rtol=1e-4, atol=1e-5)
+    agrees("gla", "layer around its scan", mixer(x)[0], want, **ORACLE)
     with torch.no_grad():
         state, steps = mixer.init_state(BATCH), []
         for token in x.split(1, dim=1):
             y, state = mixer(token, state)
             steps.append(y)
-    torch.testing.assert_close(torch.cat(steps, dim=1), want, rtol=1e-4, atol=1e-5)
+    agrees("gla", "layer around its scan in cached steps", torch.cat(steps, dim=1), want, **ORACLE)
 
 
 def test_fresh_decays_are_near_one() -> None:

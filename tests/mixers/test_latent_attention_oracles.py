@@ -5,6 +5,7 @@ Theirs rotates the same pairs of neighbours and then sorts them; scores do not s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from trilemma.ragged import Ragged
 
 ROWS, LENGTH, D_MODEL, HEADS = 2, 13, 24, 3
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
+NAMES = {"deepseek": "transformers DeepseekV3Attention", "kimi": "transformers KimiLinearAttention"}
 # Wide latents: both forms are met. Narrow ones: absorbed throughout.
 SIZES: dict[str, dict[str, int]] = {
     "wide": {"head_dim": 6, "value_dim": 10, "kv_lora_rank": 20, "rope_head_dim": 4},
@@ -97,24 +99,24 @@ def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("kind", ["deepseek", "kimi"])
-def test_whole_sequences_and_gradients(kind: str, sizes: str, causal: bool) -> None:
+def test_whole_sequences_and_gradients(kind: str, sizes: str, causal: bool, agrees: Callable[..., None]) -> None:
     ours, oracle = pair(kind, SIZES[sizes], causal)
     assert ours._absorbs(LENGTH, LENGTH) == (sizes == "narrow")
     first, second = (x.requires_grad_() for x in inputs().expand(2, -1, -1, -1).clone())
     want, (got, _) = run(oracle, first, causal), ours(second)
-    torch.testing.assert_close(got, want, **TIGHT)
+    agrees("latent_attention", "layer", got, want, oracle=NAMES[kind], **TIGHT)
     weights = torch.randn_like(want)
     (want * weights).sum().backward()
     (got * weights).sum().backward()
     assert first.grad is not None
-    torch.testing.assert_close(second.grad, first.grad, rtol=0, atol=1e-11)
-    torch.testing.assert_close(ours.up.weight.grad, oracle.kv_b_proj.weight.grad, rtol=0, atol=1e-11)
+    found, wanted = (second.grad, ours.up.weight.grad), (first.grad, oracle.kv_b_proj.weight.grad)
+    agrees("latent_attention", "gradients of the layer", found, wanted, oracle=NAMES[kind], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("plan", [[13], [1] * 13, [5, 1, 4, 1, 1, 1], [1, 6, 6]])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("kind", ["deepseek", "kimi"])
-def test_cached_calls(kind: str, sizes: str, plan: list[int]) -> None:
+def test_cached_calls(kind: str, sizes: str, plan: list[int], agrees: Callable[..., None]) -> None:
     """Theirs expands every latent in every call; ours does not in steps."""
     ours, oracle = pair(kind, SIZES[sizes])
     x, cache, begin = inputs(), DynamicCache(), 0
@@ -123,7 +125,7 @@ def test_cached_calls(kind: str, sizes: str, plan: list[int]) -> None:
         for part in x.split(plan, dim=1):
             want = run(oracle, part, True, cache, begin)
             got, state = ours(part, state)
-            torch.testing.assert_close(got, want, **TIGHT)
+            agrees("latent_attention", "layer in cached calls", got, want, oracle=NAMES[kind], **TIGHT)
             begin += part.shape[1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from trilemma.mixers.base import build_mixer
 from trilemma.mixers.mamba2 import Mamba2
 
 WIDTH, BATCH, LENGTH = 32, 2, 45
+THEIRS = "transformers Mamba2Mixer"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -39,13 +42,13 @@ def pair(groups: int = 1, chunk_size: int = 16) -> tuple[Mamba2, Mamba2Mixer, Ma
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("length", [1, 7, LENGTH])
-def test_whole_sequences(length: int, groups: int) -> None:
+def test_whole_sequences(length: int, groups: int, agrees: Callable[..., None]) -> None:
     ours, theirs, _ = pair(groups)
     x = torch.randn(BATCH, length, WIDTH)
-    torch.testing.assert_close(ours(x)[0], theirs(x), **CLOSE)
+    agrees("mamba2", "layer", ours(x)[0], theirs(x), oracle=THEIRS, **CLOSE)
 
 
-def test_gradients() -> None:
+def test_gradients(agrees: Callable[..., None]) -> None:
     ours, theirs, _ = pair(2)
     x, weights = torch.randn(BATCH, LENGTH, WIDTH), torch.randn(BATCH, LENGTH, WIDTH)
     (ours(x)[0] * weights).sum().backward()
@@ -57,18 +60,20 @@ def test_gradients() -> None:
         got, want = (net.get_parameter(name).grad for net, name in ((ours, own), (theirs, other)))
         assert got is not None
         assert want is not None
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(want.abs().max())}
+        agrees("mamba2", "gradients of the layer", got, want, oracle=THEIRS, **close)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_our_steps_against_their_cached_steps(groups: int) -> None:
+def test_our_steps_against_their_cached_steps(groups: int, agrees: Callable[..., None]) -> None:
     ours, theirs, config = pair(groups)
     x = torch.randn(BATCH, LENGTH, WIDTH)
     cache, state = DynamicCache(config=config), ours.init_state(BATCH)
     with torch.no_grad():
         for part in x.split([20, *[1] * (LENGTH - 20)], dim=1):
             y, state = ours(part, state)
-            torch.testing.assert_close(y, theirs(part, cache_params=cache), **CLOSE)
+            want = theirs(part, cache_params=cache)
+            agrees("mamba2", "layer in cached steps", y, want, oracle=THEIRS, **CLOSE)
 
 
 def test_the_comparison_can_fail() -> None:

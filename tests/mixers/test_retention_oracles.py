@@ -7,6 +7,7 @@ is zero. The parallel form with our normaliser switched on agrees at any epsilon
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from trilemma.ops.decayed_scan import decayed_scan
 
 HEADS, WIDTH, LENGTH, BATCH = 3, 24, 20, 2
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
+AUTHORS = "torchscale MultiScaleRetention"
 
 
 def pair(epsilon: float, **options: Any) -> tuple[Retention, MultiScaleRetention]:
@@ -91,22 +93,24 @@ def chunkwise(theirs: MultiScaleRetention, x: Tensor, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6, 1e-2])
-def test_parallel_form_with_the_normaliser(epsilon: float, session_seed: int) -> None:
+def test_parallel_form_with_the_normaliser(epsilon: float, session_seed: int, agrees: Callable[..., None]) -> None:
     ours, theirs = pair(epsilon, normaliser=True)
     x = inputs(session_seed)
-    torch.testing.assert_close(ours(x)[0], parallel(theirs, x), **EXACT)
+    agrees("retention", "layer", ours(x)[0], parallel(theirs, x), oracle=AUTHORS, **EXACT)
 
 
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "chunkwise"])
 @pytest.mark.parametrize("normaliser", [False, True])
-def test_every_form_once_the_norm_has_taken_the_scale_away(form: str, normaliser: bool, session_seed: int) -> None:
+def test_every_form_once_the_norm_has_taken_the_scale_away(
+    form: str, normaliser: bool, session_seed: int, agrees: Callable[..., None]
+) -> None:
     ours, theirs = pair(0.0, normaliser=normaliser, chunk_size=7)
     x = inputs(session_seed)
     forms = {"parallel": parallel, "recurrent": recurrent, "chunkwise": lambda net, x: chunkwise(net, x, 5)}
-    torch.testing.assert_close(ours(x)[0], forms[form](theirs, x), **EXACT)
+    agrees("retention", f"layer against its {form} form", ours(x)[0], forms[form](theirs, x), oracle=AUTHORS, **EXACT)
 
 
-def test_our_steps_against_their_steps(session_seed: int) -> None:
+def test_our_steps_against_their_steps(session_seed: int, agrees: Callable[..., None]) -> None:
     ours, theirs = pair(0.0)
     x = inputs(session_seed)
     with torch.no_grad():
@@ -114,10 +118,11 @@ def test_our_steps_against_their_steps(session_seed: int) -> None:
         for n in range(LENGTH):
             y, state = ours(x[:, n : n + 1], state)
             outputs.append(y)
-        torch.testing.assert_close(torch.cat(outputs, dim=1), recurrent(theirs, x), **EXACT)
+        got, want = torch.cat(outputs, dim=1), recurrent(theirs, x)
+        agrees("retention", "layer in cached steps", got, want, oracle=AUTHORS, **EXACT)
 
 
-def test_gradients_of_the_parallel_form(session_seed: int) -> None:
+def test_gradients_of_the_parallel_form(session_seed: int, agrees: Callable[..., None]) -> None:
     """Without the normaliser: torchscale detaches its scale, and a norm of epsilon 0 has no gradient along it."""
     ours, theirs = pair(0.0)
     x, weights = inputs(session_seed), inputs(session_seed + 1)
@@ -126,7 +131,7 @@ def test_gradients_of_the_parallel_form(session_seed: int) -> None:
         leaf = x.clone().requires_grad_()
         (run(leaf) * weights).sum().backward()
         gradients.append(leaf.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+    agrees("retention", "gradients of the layer", *gradients, oracle=AUTHORS, rtol=1e-8, atol=1e-9)
 
 
 def test_the_comparison_can_fail(session_seed: int) -> None:
@@ -150,10 +155,11 @@ def naive_form() -> ModuleType:
     return module
 
 
-def test_the_scan_against_fla_core_s_naive_form(session_seed: int) -> None:
+def test_the_scan_against_fla_core_s_naive_form(session_seed: int, agrees: Callable[..., None]) -> None:
     """It computes in float32, whatever it is given."""
     generator = torch.Generator().manual_seed(session_seed)
     q, k, v = (torch.randn(BATCH, HEADS, LENGTH, size, generator=generator) for size in (8, 8, 16))
     log_decay = torch.tensor(retention_log_decay(HEADS, "paper"))[None, :, None]
     found, _ = decayed_scan(q, k * 8**-0.5, v, log_decay, None, None, 6, False)
-    torch.testing.assert_close(found, naive_form().naive_retention(q, k, v), rtol=1e-4, atol=1e-5)
+    want = naive_form().naive_retention(q, k, v)
+    agrees("retention", "scan", found, want, oracle="fla-core naive_retention", rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,16 +38,16 @@ def oracle(layer: YOCO, writer: YOCO) -> nn.MultiheadAttention:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_readers_attend_to_what_the_writer_has_written(causal: bool) -> None:
+def test_readers_attend_to_what_the_writer_has_written(causal: bool, agrees: Callable[..., None]) -> None:
     writer, reader = pair(position="none", bias=True, causal=causal)
     memory, x = torch.randn(2, 7, 16, dtype=torch.float64), torch.randn(2, 7, 16, dtype=torch.float64)
     hidden = torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else None
     shared: dict[str, Any] = {}
     first, _ = writer(memory, None, None, shared)
     second, _ = reader(x, None, None, shared)
-    for layer, queries, y in ((writer, memory, first), (reader, x, second)):
+    for kind, layer, queries, y in (("writer", writer, memory, first), ("reader", reader, x, second)):
         expected, _ = oracle(layer, writer)(queries, memory, memory, attn_mask=hidden, need_weights=False)
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        agrees("yoco", f"layer, {kind}", y, expected, oracle="torch MultiheadAttention", rtol=1e-12, atol=1e-12)
 
 
 def test_positions_are_relative() -> None:

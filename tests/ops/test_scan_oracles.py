@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +29,7 @@ def naive_form() -> ModuleType:
 
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 4, 7, 64])
-def test_per_token_decay(chunk_size: int, carried: bool) -> None:
+def test_per_token_decay(chunk_size: int, carried: bool, agrees: Callable[..., None]) -> None:
     batch, heads, length, width, wide = 2, 3, 23, 8, 5
     q, k = torch.randn(2, batch, heads, length, width)
     v, log_decay = torch.randn(batch, heads, length, wide), -2 * torch.rand(batch, heads, length)
@@ -36,9 +37,10 @@ def test_per_token_decay(chunk_size: int, carried: bool) -> None:
     got, after = decayed_scan(q, k, v, log_decay, state, None, chunk_size, True)
     flipped = [t.transpose(1, 2) for t in (q, k, v, log_decay)]
     want, want_after = naive_form().naive_recurrent_simple_gla(*flipped, scale=1.0, initial_state=state)
-    torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-4)
     assert after is not None
-    torch.testing.assert_close(after, want_after, rtol=1e-4, atol=1e-4)
+    both, wanted = (got, after), (want.transpose(1, 2), want_after)
+    for mixer in ("mamba2", "gated_retention"):
+        agrees(mixer, "scan", both, wanted, oracle="fla-core naive_recurrent_simple_gla", rtol=1e-4, atol=1e-4)
 
 
 def test_one_step_writes_in_place_without_autograd_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -44,14 +45,14 @@ def flipped(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 4, 7, 16, 64])
-def test_gated_linear_attention(chunk_size: int, carried: bool) -> None:
+def test_gated_linear_attention(chunk_size: int, carried: bool, agrees: Callable[..., None]) -> None:
     q, k, v, log_decay, start = drawn()
     state = start if carried else None
     got, after = vector_scan(q, k, v, log_decay, state, None, chunk_size, True)
     form = naive_form("gla").naive_recurrent_gla
     want, want_after = form(*flipped(q * WIDTH**0.5, k, v, log_decay), state, True)
-    torch.testing.assert_close(got, want.transpose(1, 2), **CLOSE)
-    torch.testing.assert_close(after, want_after, **CLOSE)
+    both, wanted = (got, after), (want.transpose(1, 2), want_after)
+    agrees("gla", "scan", both, wanted, oracle="fla-core naive_recurrent_gla", **CLOSE)
 
 
 def test_one_step_writes_in_place_without_autograd_only() -> None:
