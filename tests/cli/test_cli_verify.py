@@ -17,6 +17,8 @@ def test_a_lawful_mixer_gives_zero_and_one_json_line(capsys: pytest.CaptureFixtu
     assert (report["ok"], report["seed"], report["level"]) == (True, 5, "quick")
     assert [law["law"] for law in report["mixers"]["gru"][0]["laws"]] == ["split", "cost"]
     assert len(report["mixers"]["gru"]) == 2
+    assert report["oracles"]["gru"]["summary"].startswith("no outside oracle: it runs torch's own kernel")
+    assert {record["mixer"] for record in report["oracles"]["gru"]["records"]} == {"gru"}
 
 
 def test_the_table_names_laws_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +26,7 @@ def test_the_table_names_laws_and_reasons(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "split" in out
     assert "lstm: the law of compile says nothing: declared: torch's recurrent kernel is opaque to the compiler" in out
+    assert out.splitlines()[-1].startswith("lstm: no outside oracle: it runs torch's own kernel")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,7 +37,7 @@ def command(
     Without names, the mixers of the plug-ins given with --plugin FILE[:CLASS] are verified. Exit code 1 if a law fails.
     """
     from trilemma import laws, registry
-    from trilemma.laws import records, registered
+    from trilemma.laws import oracles, records, registered
 
     chosen = list(names or [])
     if every:
@@ -62,11 +63,22 @@ def command(
             {name: records.records_of(prints[name], reports, device) for name, reports in found.items()}
         )
         say(f"records written to {records.SHIPPED}")
+    shipped = oracles.shipped_oracles()
+    known = {name: shipped.get(name, []) for name in found}
     if json:
         plain = {name: [report.to_dict() for report in reports] for name, reports in found.items()}
-        print_json({"ok": ok, "seed": seed, "level": level, "device": device, "mixers": plain})
+        plain_oracles = {
+            name: {"summary": oracles.summary(items), "records": [asdict(item) for item in items]}
+            for name, items in known.items()
+        }
+        print_json(
+            {"ok": ok, "seed": seed, "level": level, "device": device, "mixers": plain, "oracles": plain_oracles}
+        )
     else:
         _print(found)
+        print()
+        for name, items in known.items():
+            print(f"{name}: {oracles.summary(items)}")
     if not ok:
         raise typer.Exit(1)
 

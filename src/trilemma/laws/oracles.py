@@ -77,13 +77,16 @@ def summary(items: Iterable[Agreement]) -> str:
         return "no outside oracle: none is recorded"
     outside = [item for item in items if item.oracle]
     if not outside:
-        return f"no outside oracle: {items[0].no_oracle} (agrees to {_worst(items)})"
+        return f"no outside oracle: {items[0].no_oracle} (they agree {closeness(items)})"
     lines = []
     for oracle in dict.fromkeys(item.oracle for item in outside):
         mine = [item for item in outside if item.oracle == oracle]
-        lines.append(f"{oracle} agrees to {_worst(mine)} ({', '.join(dict.fromkeys(item.what for item in mine))})")
+        parts = sorted({item.what for item in mine}, key=lambda what: (len(what), what))
+        lines.append(f"{oracle} agrees {closeness(mine)} ({', '.join(parts)})")
     return "; ".join(lines)
 
 
-def _worst(items: list[Agreement]) -> str:
-    return f"{max(item.error for item in items):.1e}"
+def closeness(items: Iterable[Agreement]) -> str:
+    """The largest error of these comparisons, in words."""
+    worst = max(item.error for item in items)
+    return f"to {worst:.1e}" if worst else "exactly"
