@@ -20,7 +20,7 @@ from trilemma.config import RunConfig, StudyConfig, apply_overrides, parse
 from trilemma.errors import TrilemmaError
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/tutorial.md", "docs/tutorial.zh-CN.md")]
 VERBS_WITH_OVERRIDES = {"train": RunConfig, "bench": RunConfig, "compare": StudyConfig, "generate": RunConfig}
 FOREIGN_OPTIONS = {"--no-deps", "--nproc-per-node"}  # of pip and torchrun

@@ -72,6 +72,8 @@ class Retention(Mixer):
         group_norm: rms (the published code's, without weights), layer (the paper's GroupNorm, without weights) or none.
         normaliser: the paper's three rescalings (section 2.4). With a group norm they change numerics only.
         chunk_size: of the chunkwise form; changes speed, never the answer.
+        bias: of the projections.
+        epsilon: of the group norm.
     """
 
     capabilities = Capabilities(constant_state=True)
