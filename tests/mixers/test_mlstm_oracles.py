@@ -5,6 +5,7 @@ tests/assets/mlstm-layer.safetensors says how it was made. The authors add 1e-6 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ from trilemma.ragged import Ragged
 
 BATCH, HEADS, LENGTH, WIDTH, WIDE = 2, 3, 24, 4, 5
 NUMBERS = Path(__file__).parents[1] / "assets" / "mlstm-layer.safetensors"
+LAYER = "numbers of NX-AI/xlstm 032a6fb's mLSTMLayer"
+SCANS = {
+    "recurrent": "transformers mlstm_recurrent_sequence_native",
+    "chunkwise": "transformers mlstm_chunkwise_native_autograd",
+}
 
 
 def drawn(strength: float, length: int = LENGTH) -> tuple[Tensor, ...]:
@@ -46,16 +52,15 @@ def theirs(form: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, **s
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
 @pytest.mark.parametrize("strength", [0.1, 2.0, 10.0])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
-def test_the_scan_and_its_state(form: str, strength: float, chunk_size: int) -> None:
+def test_the_scan_and_its_state(form: str, strength: float, chunk_size: int, agrees: Callable[..., None]) -> None:
     q, k, v, i, f = drawn(strength)
     out, state = exponential_scan(q, k, v, i, torch.nn.functional.logsigmoid(f), None, None, chunk_size, True)
     assert state is not None
-    want = theirs(form, q, k, v, i, f)
-    for got, value in zip((out, state[0][..., :-1], state[0][..., -1], state[1]), want, strict=True):
-        torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-10)
+    got, want = (out, state[0][..., :-1], state[0][..., -1], state[1]), theirs(form, q, k, v, i, f)
+    agrees("mlstm", "scan and its state", got, want, oracle=SCANS[form], rtol=1e-9, atol=1e-10)
 
 
-def test_gradients_of_the_scan_through_a_carried_state() -> None:
+def test_gradients_of_the_scan_through_a_carried_state(agrees: Callable[..., None]) -> None:
     """Ours hold m constant, theirs differentiate it: the answer does not depend on it."""
     given = drawn(2.0)
     weights = torch.randn(BATCH, HEADS, LENGTH, WIDE, dtype=torch.float64)
@@ -71,11 +76,10 @@ def test_gradients_of_the_scan_through_a_carried_state() -> None:
         else:
             out = theirs("recurrent", *leaves)[0]
         results.append(torch.autograd.grad((out * weights).sum(), leaves))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+    agrees("mlstm", "gradients of the scan", *results, oracle=SCANS["recurrent"], rtol=1e-8, atol=1e-9)
 
 
-def test_steps_and_their_maximum() -> None:
+def test_steps_and_their_maximum(agrees: Callable[..., None]) -> None:
     q, k, v, i, f = drawn(3.0)
     log_forget = torch.nn.functional.logsigmoid(f)
     _, state = exponential_scan(*(value[:, :, :5] for value in (q, k, v, i, log_forget)), None, None, 4, True)
@@ -86,8 +90,9 @@ def test_steps_and_their_maximum() -> None:
             out, state = exponential_step(*(value[:, :, t : t + 1] for value in (q, k, v, i, log_forget)), state)
             outs.append(out)
     want = theirs("recurrent", q, k, v, i, f)
-    torch.testing.assert_close(torch.cat(outs, dim=2), want[0][:, :, 5:], rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(state[1], want[3], rtol=1e-12, atol=1e-12)
+    got = torch.cat(outs, dim=2), state[1]
+    want = want[0][:, :, 5:], want[3]
+    agrees("mlstm", "scan in steps", got, want, oracle=SCANS["recurrent"], rtol=1e-9, atol=1e-10)
 
 
 def block() -> tuple[MLSTM, dict[str, Tensor]]:
@@ -113,13 +118,13 @@ def block() -> tuple[MLSTM, dict[str, Tensor]]:
     return ours.double(), numbers
 
 
-def test_the_block_against_its_authors() -> None:
+def test_the_block_against_its_authors(agrees: Callable[..., None]) -> None:
     ours, numbers = block()
     x = numbers["x"].double().requires_grad_()
     y, _ = ours(x)
-    torch.testing.assert_close(y, numbers["y"], rtol=1e-5, atol=1e-5)
+    agrees("mlstm", "layer", y, numbers["y"], oracle=LAYER, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad((y * numbers["w"]).sum(), x)
-    torch.testing.assert_close(gradient, numbers["grad_x"], rtol=1e-4, atol=1e-4)
+    agrees("mlstm", "gradients of the layer", gradient, numbers["grad_x"], oracle=LAYER, rtol=1e-4, atol=1e-4)
 
 
 def test_the_comparison_can_fail() -> None:

@@ -5,6 +5,9 @@ The oracle computes its recurrence in float32. It lets a sequence's first token 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from trilemma.mixers.base import build_mixer
 from trilemma.mixers.rglru import RGLRU
 
 HEADS, WIDTH, LENGTH, BATCH = 3, 24, 19, 2
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+ORACLE: dict[str, Any] = {"oracle": "transformers RecurrentGemmaRecurrentBlock", "rtol": 1e-5, "atol": 1e-5}
 
 
 def pair(channels: int) -> tuple[RGLRU, RecurrentGemmaRecurrentBlock]:
@@ -52,7 +55,7 @@ def run(theirs: RecurrentGemmaRecurrentBlock, x: Tensor, first: int = 0, use_cac
 
 
 @pytest.mark.parametrize("channels", [WIDTH, 36])
-def test_whole_sequences_and_their_gradients(channels: int) -> None:
+def test_whole_sequences_and_their_gradients(channels: int, agrees: Callable[..., None]) -> None:
     ours, theirs = pair(channels)
     results = []
     x, weights = torch.randn(2, BATCH, LENGTH, WIDTH)
@@ -62,18 +65,19 @@ def test_whole_sequences_and_their_gradients(channels: int) -> None:
         (y * weights).sum().backward()
         results.append((y, leaf.grad))
     (y, grad), (want, want_grad) = results
-    torch.testing.assert_close(y, want, **CLOSE)
-    torch.testing.assert_close(grad, want_grad, **CLOSE)
-    torch.testing.assert_close(ours.radius.grad, theirs.rg_lru.recurrent_param.grad, **CLOSE)
+    agrees("rglru", "layer", y, want, **ORACLE)
+    grads, wanted = (grad, ours.radius.grad), (want_grad, theirs.rg_lru.recurrent_param.grad)
+    agrees("rglru", "gradients of the layer", grads, wanted, **ORACLE)
 
 
-def test_a_prompt_and_steps_against_their_cache() -> None:
+def test_a_prompt_and_steps_against_their_cache(agrees: Callable[..., None]) -> None:
     ours, theirs = pair(WIDTH)
     x, state, first = torch.randn(BATCH, LENGTH, WIDTH), ours.init_state(BATCH), 0
     with torch.no_grad():
         for part in x.split([6] + [1] * (LENGTH - 6), dim=1):
             y, state = ours(part, state)
-            torch.testing.assert_close(y, run(theirs, part, first, use_cache=True), **CLOSE)
+            want = run(theirs, part, first, use_cache=True)
+            agrees("rglru", "layer in cached steps", y, want, **ORACLE)
             first += part.shape[1]
 
 

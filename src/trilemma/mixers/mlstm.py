@@ -168,7 +168,7 @@ class MLSTM(Mixer):
         blocks = self.q.flops(length) + self.k.flops(length) + self.v.flops(length)
         outside = length * per_token + blocks + self.conv.flops(length)
         per_state = 2 * self.head_dim * (self.head_dim + 1)
-        if length == 1 and context > 0:
+        if length == 1:
             return outside + self.num_heads * per_state
         size = min(self.chunk_size, length)
         chunks = -(-length // size)

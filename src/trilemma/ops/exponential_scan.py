@@ -70,8 +70,8 @@ def exponential_scan(
         o [B, H, L, F]; the last state (float32 at least), or None.
     """
     length = k.shape[2]
-    if length == 1 and starts is None and state is not None:
-        return exponential_step(q, k, v, log_input, log_forget, state)
+    if length == 1:
+        return exponential_step(q, k, v, log_input, log_forget, empty_memory(k, v) if state is None else state)
     size = min(chunk_size, length)
     chunks = -(-length // size)
     rest = chunks * size - length
