@@ -6,6 +6,7 @@ Legend: B rows, L length, D channels, K taps, E output channels.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,29 @@ def next_tail(tail: Tensor, line: Tensor, ragged: Ragged | None) -> Tensor:
     return updated(tail, line.gather(1, index[:, :, None].expand(-1, -1, line.shape[2])).to(tail.dtype))
 
 
+def _depthwise(line: Tensor, weight: Tensor) -> Tensor:
+    """[B, L + K - 1, D], [K, D] -> [B, L, D], with channels last throughout: nothing is transposed in memory."""
+    filters = weight.t()[:, None, None]
+    return nn.functional.conv2d(line.transpose(1, 2)[:, :, None], filters, groups=len(filters))[:, :, 0].transpose(1, 2)
+
+
+class _Depthwise(torch.autograd.Function):
+    """`_depthwise`, with a backward several times as fast on CPUs as torch's own, which has no kernel for few taps."""
+
+    @staticmethod
+    def forward(ctx: Any, line: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(line, weight)
+        return _depthwise(line, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        line, weight = ctx.saved_tensors
+        taps, length, gradient = len(weight), gradient.shape[1], gradient.to(line.dtype)
+        padded = nn.functional.pad(gradient, (0, 0, taps - 1, taps - 1))
+        for_weight = [(gradient * line[:, j : j + length]).sum((0, 1)) for j in range(taps)]
+        return _depthwise(padded, weight.flip(0)), torch.stack(for_weight)
+
+
 class ShortConvolution(nn.Module):
     """y_t = activation(b + sum_j w_j * x_(t - K + 1 + j)), a filter of K taps for each channel.
 
@@ -81,8 +105,7 @@ class ShortConvolution(nn.Module):
         weight = self.weight.to(x.dtype)
         places = ragged.packed_positions if ragged is not None else None
         if places is None and length > 1:
-            filters = weight.t()[:, None]
-            y = nn.functional.conv1d(line.transpose(1, 2), filters, groups=len(filters)).transpose(1, 2)
+            y: Tensor = _Depthwise.apply(line, weight)  # type: ignore[no-untyped-call]
         else:
             # Rounded once, like the kernel's sums: a call of one token gives what a call of many gives.
             precise = torch.promote_types(x.dtype, torch.float32)

@@ -31,3 +31,13 @@ def make_norm(kind: str, dim: int, epsilon: float, bias: bool = True) -> nn.Modu
     if kind == "layernorm":
         return nn.LayerNorm(dim, eps=epsilon, bias=bias)
     return RMSNorm(dim, epsilon)
+
+
+def unit_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """x / sqrt(sum of squares + epsilon) over the last axis: norm 1, and zeros stay zeros.
+
+    Args:
+        x: [..., dim], float32 at least.
+        epsilon: added to the sum of squares.
+    """
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + epsilon)
