@@ -45,8 +45,8 @@ def test_a_record_is_of_a_test_that_exists(name: str) -> None:
 
 def test_a_summary_names_the_oracle_and_the_worst_case() -> None:
     items = [ONE, changed(what="gradients", error=3e-6), changed(oracle="other 2.0", error=0.0)]
-    assert summary(items) == "their 1.0 layer agrees to 3.0e-06 (layer, gradients); other 2.0 agrees exactly (layer)"
-    assert summary([changed(oracle="", no_oracle="why")]) == "no outside oracle: why (they agree to 2.0e-07)"
+    assert summary(items) == "agrees with their 1.0 layer to 3.0e-06 (layer, gradients); with other 2.0 exactly (layer)"
+    assert summary([changed(oracle="", no_oracle="why")]) == "no outside oracle: why (it agrees to 2.0e-07)"
     assert summary([]) == "no outside oracle: none is recorded"
 
 

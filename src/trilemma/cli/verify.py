@@ -64,12 +64,12 @@ def command(
         )
         say(f"records written to {records.SHIPPED}")
     shipped = oracles.shipped_oracles()
-    known = {name: shipped.get(name, []) for name in found}
+    agreements = {name: shipped.get(name, []) for name in found}
     if json:
         plain = {name: [report.to_dict() for report in reports] for name, reports in found.items()}
         plain_oracles = {
             name: {"summary": oracles.summary(items), "records": [asdict(item) for item in items]}
-            for name, items in known.items()
+            for name, items in agreements.items()
         }
         print_json(
             {"ok": ok, "seed": seed, "level": level, "device": device, "mixers": plain, "oracles": plain_oracles}
@@ -77,7 +77,7 @@ def command(
     else:
         _print(found)
         print()
-        for name, items in known.items():
+        for name, items in agreements.items():
             print(f"{name}: {oracles.summary(items)}")
     if not ok:
         raise typer.Exit(1)

@@ -77,13 +77,13 @@ def summary(items: Iterable[Agreement]) -> str:
         return "no outside oracle: none is recorded"
     outside = [item for item in items if item.oracle]
     if not outside:
-        return f"no outside oracle: {items[0].no_oracle} (they agree {closeness(items)})"
-    lines = []
+        return f"no outside oracle: {items[0].no_oracle} (it agrees {closeness(items)})"
+    parts = []
     for oracle in dict.fromkeys(item.oracle for item in outside):
         mine = [item for item in outside if item.oracle == oracle]
-        parts = sorted({item.what for item in mine}, key=lambda what: (len(what), what))
-        lines.append(f"{oracle} agrees {closeness(mine)} ({', '.join(parts)})")
-    return "; ".join(lines)
+        compared = sorted({item.what for item in mine}, key=lambda what: (len(what), what))
+        parts.append(f"with {oracle} {closeness(mine)} ({', '.join(compared)})")
+    return f"agrees {'; '.join(parts)}"
 
 
 def closeness(items: Iterable[Agreement]) -> str:
