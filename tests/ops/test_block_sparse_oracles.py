@@ -22,7 +22,8 @@ from trilemma.ops.block_sparse import (
     BlockSizes,
     Places,
     attend_compressed,
-    attend_selected,
+    attend_gathered,
+    attend_masked,
     block_importance,
     select_blocks,
 )
@@ -75,9 +76,9 @@ def test_selected_branch(naive: ModuleType, size: int, count: int) -> None:
     blocks = -(-LENGTH // size)
     sizes = sizes_of(size, count)
     chosen = select_blocks(torch.rand(BATCH, GROUPS, LENGTH, blocks), places().within, sizes)
-    got = attend_selected(q, k, v, chosen, places(), sizes)
-    want = naive.naive_nsa_selection(*flipped(q, k, v, chosen), size)
-    torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    want = naive.naive_nsa_selection(*flipped(q, k, v, chosen), size).transpose(1, 2)
+    for form in (attend_gathered, attend_masked):
+        torch.testing.assert_close(form(q, k, v, chosen, places(), sizes), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "count"), [(4, 4), (3, 7), (8, 3)])
@@ -106,13 +107,13 @@ def test_overlapping_blocks() -> None:
     where, blocks = Places(steps, steps, 0, q.shape[2]), -(-q.shape[2] // sizes.select)
     coarse, mass = attend_compressed(q, ck, cv, where, sizes)
     chosen = select_blocks(block_importance(mass, blocks, None, sizes), steps, sizes)
-    fine = attend_selected(q, k, v, chosen, where, sizes)
+    fine, masked = (form(q, k, v, chosen, where, sizes) for form in (attend_gathered, attend_masked))
     theirs = stored["chosen"].long()[None]
     assert torch.equal(
         chosen.masked_fill(chosen > steps[..., None] // sizes.select, -1).sort(-1).values, theirs.sort(-1).values
     )
     assert len(theirs[:, :, -1].unique()) > sizes.count  # the groups choose for themselves
-    for got, name in ((coarse, "coarse"), (fine, "fine")):
+    for got, name in ((coarse, "coarse"), (fine, "fine"), (masked, "fine")):
         torch.testing.assert_close(got[0].transpose(0, 1), stored[name].double(), rtol=1e-6, atol=1e-6)
 
 

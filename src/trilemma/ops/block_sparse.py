@@ -33,6 +33,9 @@ from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uni
 
 Count = TypeVar("Count", int, Tensor)
 
+# Up to so many times the selected tokens a mask over all is faster than gathering each query's own.
+_MASKED = 4
+
 
 def ended_blocks(tokens: Count, size: int, stride: int) -> Count:
     """How many of the blocks of `size` tokens that begin every `stride` tokens lie whole within the first `tokens`."""
@@ -201,12 +204,13 @@ def _attend_chunk(
     sizes: BlockSizes,
 ) -> Tensor:
     coarse, mass = attend_compressed(queries, *compressed, places, sizes)
-    blocks = -(-places.held // sizes.select)
-    if blocks <= sizes.count:
-        fine = _attend_all(queries, *selected, places)
-    else:
+    blocks, chosen = -(-places.held // sizes.select), None
+    if blocks > sizes.count:
         chosen = select_blocks(block_importance(mass, blocks, places.skipped, sizes), places.within, sizes)
-        fine = attend_selected(queries, *selected, chosen, places, sizes)
+    if chosen is None or places.held <= _MASKED * sizes.count * sizes.select:
+        fine = attend_masked(queries, *selected, chosen, places, sizes)
+    else:
+        fine = attend_gathered(queries, *selected, chosen, places, sizes)
     far = places.queries - places.within.clamp(max=sizes.window - 1)
     near_by = (places.window[:, None] <= places.queries[..., None]) & (places.window[:, None] >= far[..., None])
     keys, values = (tensor.to(queries.dtype) for tensor in window)
@@ -229,13 +233,12 @@ def attend_compressed(
         least.
     """
     (batch, heads, length, dim), groups, blocks = queries.shape, keys.shape[1], sizes.ended(places.held)
-    slots = torch.arange(blocks, device=queries.device)
-    ended = sizes.ended(places.within + 1)[..., None]
-    if places.skipped is None:
-        hidden = slots >= ended
-    else:
-        before = places.skipped[..., None]
-        hidden = (slots < before) | (slots >= before + ended)
+    number = torch.arange(blocks, device=queries.device)
+    if places.skipped is not None:
+        number = number - places.skipped[..., None]
+    hidden = number * sizes.stride + (sizes.compress - 1) > places.within[..., None]
+    if places.skipped is not None:
+        hidden = hidden | (number < 0)
     hidden = hidden[:, None, None]
     precise = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
@@ -288,7 +291,7 @@ def select_blocks(importance: Tensor, within: Tensor, sizes: BlockSizes) -> Tens
 
 
 @mixes("values")
-def attend_selected(
+def attend_gathered(
     queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, places: Places, sizes: BlockSizes
 ) -> Tensor:
     """Attention to the tokens of the chosen blocks up to the query's own.
@@ -315,15 +318,24 @@ def attend_selected(
 
 
 @mixes("values")
-def _attend_all(queries: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
-    """`attend_selected` where there are no more blocks than a query selects."""
-    keys, values = (tensor[:, :, : places.held].to(queries.dtype) for tensor in (keys, values))
+def attend_masked(
+    queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, places: Places, sizes: BlockSizes
+) -> Tensor:
+    """What `attend_gathered` gives, by a mask over all tokens. `chosen`: None: every block."""
+    (batch, heads, length, _), groups = queries.shape, keys.shape[1]
     line = torch.arange(places.held, device=queries.device)
-    seen = line <= places.queries[..., None]
+    seen = (line <= places.queries[..., None])[:, None]
     if places.begins is not None:
-        seen = seen & (line >= places.begins[..., None])
-    shared = keys.shape[1] != queries.shape[1]
-    return scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None], enable_gqa=shared)
+        line = line - places.begins[:, None, :, None]
+        seen = seen & (line >= 0)
+    if chosen is not None:
+        blocks = -(-places.held // sizes.select)
+        number = (line.clamp(min=0) // sizes.select).expand(batch, groups, length, places.held)
+        open_blocks = torch.zeros(batch, groups, length, blocks, dtype=torch.bool, device=line.device)
+        seen = seen & open_blocks.scatter(3, chosen, True).gather(3, number)
+        seen = seen.repeat_interleave(heads // groups, dim=1)
+    keys, values = (tensor[:, :, : places.held].to(queries.dtype) for tensor in (keys, values))
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=groups != heads)
 
 
 def block_sparse_naive(
