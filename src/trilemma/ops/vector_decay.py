@@ -39,7 +39,7 @@ def vector_scan_naive(
     Returns:
         o [B, H, L, F] and the last state.
     """
-    s = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
+    s = empty_matrix(k, v) if state is None else state
     outs = []
     for t in range(k.shape[2]):
         s = log_decay[:, :, t, :, None].exp() * s + k[:, :, t, :, None] * v[:, :, t, None, :]
@@ -69,8 +69,8 @@ def vector_scan(
     Returns:
         o [B, H, L, F] of v's type; the last state (float32 at least), or None.
     """
-    if k.shape[2] == 1 and starts is None and state is not None:
-        return vector_step(q, k, v, log_decay, state)
+    if k.shape[2] == 1:
+        return vector_step(q, k, v, log_decay, empty_matrix(k, v) if state is None else state)
     with torch.autocast(q.device.type, enabled=False):
         cut = Chunks(k, chunk_size)
         v_mcf = cut.split(v)
@@ -80,13 +80,19 @@ def vector_scan(
             return cut.join(out).to(v.dtype), None
         added = cut.by_row(found.to_end[0].transpose(1, 2) @ v_mcf)
         carry = cut.by_row(found.total.transpose(1, 2))
-        current = torch.zeros_like(added[:, :, 0]) if state is None else state.to(added.dtype)
+        current = empty_matrix(k, v) if state is None else state.to(added.dtype)
         before = []
         for n in range(cut.count):
             before.append(current)
             current = torch.addcmul(added[:, :, n], carry[:, :, n], current)
         out = out + found.from_begin[0] @ torch.stack(before, dim=2).flatten(0, 2)
         return cut.join(out).to(v.dtype), current
+
+
+def empty_matrix(k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, E, F] zeros of float32 at least: no token read yet."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=dtype)
 
 
 def vector_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +109,7 @@ def vector_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tenso
 
 def vector_scan_flops(length: int, key_dim: int, value_dim: int, chunk_size: int, carried: bool) -> int:
     """FLOPs of the matrix products that `vector_scan` executes for one head; `carried`: with a state from before."""
-    if length == 1 and carried:
+    if length == 1:
         return 2 * key_dim * value_dim
     size, chunks = chunk_shape(length, chunk_size)
     within = decayed_products_flops(size, key_dim) + 2 * size * size * value_dim
@@ -144,7 +150,7 @@ class Chunks:
 
     def by_row(self, t: Tensor) -> Tensor:
         """[M, *, *] -> [B, H, N, *, *]."""
-        return t.unflatten(0, (self.batch, self.heads, self.count))
+        return t.view(self.batch, self.heads, self.count, *t.shape[1:])
 
     def join(self, t: Tensor) -> Tensor:
         """[M, C, *] -> [B, H, L, *]."""
