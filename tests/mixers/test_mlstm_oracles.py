@@ -107,7 +107,7 @@ def block() -> tuple[MLSTM, dict[str, Tensor]]:
             "project.weight": theirs["proj_up.weight"],
             "conv.weight": theirs["conv1d.conv.weight"][:, 0].t(),
             "conv.bias": theirs["conv1d.conv.bias"],
-            **{f"{name}.weight": theirs[f"{name}_proj.weight"].transpose(1, 2) for name in "qkv"},
+            **{f"{name}.weight": theirs[f"{name}_proj.weight"] for name in "qkv"},
             "gates.weight": torch.cat([theirs[cell + "igate.weight"], theirs[cell + "fgate.weight"]]),
             "gates.bias": torch.cat([theirs[cell + "igate.bias"], theirs[cell + "fgate.bias"]]),
             "norm_weight": 1 + theirs[cell + "outnorm.weight"],

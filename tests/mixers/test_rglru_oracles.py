@@ -44,7 +44,7 @@ def pair(channels: int) -> tuple[RGLRU, RecurrentGemmaRecurrentBlock]:
             (ours.recurrence_gate, unit.recurrent_gate_weight, unit.recurrent_gate_bias),
             (ours.input_gate, unit.input_gate_weight, unit.input_gate_bias),
         ):
-            weight.copy_(gate.weight)
+            weight.copy_(gate.weight.transpose(1, 2))
             bias.copy_(gate.bias.view_as(bias))
     return ours, theirs
 

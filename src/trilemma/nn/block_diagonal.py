@@ -12,7 +12,7 @@ from trilemma.errors import ConfigError
 
 
 class BlockDiagonal(nn.Module):
-    """y = x W + b with a block-diagonal W: D^2 / G weights.
+    """y = W x + b with a block-diagonal W: D^2 / G weights.
 
     Args:
         channels: D.
@@ -26,14 +26,14 @@ class BlockDiagonal(nn.Module):
         if channels % groups:
             raise ConfigError(f"{channels} channels cannot be split into {groups} groups")
         width = channels // groups
-        self.weight = nn.Parameter(torch.randn(groups, width, width) * std)  # [G, W in, W out]
+        self.weight = nn.Parameter(torch.randn(groups, width, width) * std)  # [G, W out, W in]
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> the same shape."""
         groups, width, _ = self.weight.shape
-        grouped = x.reshape(-1, groups, width).transpose(0, 1)
-        y = (grouped @ self.weight).transpose(0, 1).reshape(x.shape)
+        grouped = x.reshape(-1, groups, width).permute(1, 2, 0)  # tokens last: small blocks then make long rows
+        y = (self.weight @ grouped).permute(2, 0, 1).reshape(x.shape)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def count_parameters(self) -> int:

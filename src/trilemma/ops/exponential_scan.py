@@ -163,9 +163,9 @@ def _maxima(peaks: Tensor, g: Tensor, m: Tensor, fresh: Tensor | None) -> tuple[
 def _carried(added: Tensor, carry: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Matrix before each chunk [B, H, N, E, F + 1] and after the last, from each chunk's own part and its decay."""
     before = []
-    for n in range(added.shape[2]):
+    for new, kept in zip(added.unbind(2), carry[..., None, None].unbind(2), strict=True):
         before.append(matrix)
-        matrix = torch.addcmul(added[:, :, n], carry[:, :, n, None, None], matrix)
+        matrix = torch.addcmul(new, kept, matrix)
     return torch.stack(before, dim=2), matrix
 
 
