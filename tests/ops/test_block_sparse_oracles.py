@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,9 @@ from trilemma.ops.block_sparse import (
 )
 
 BATCH, HEADS, GROUPS, LENGTH, DIM = 2, 4, 2, 43, 8
+NAME = "block_sparse_attention"
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+PUBLISHED = "XunhaoLai/native-sparse-attention-triton 9bea856 ops/torch (stored numbers)"
 ASSET = Path(__file__).parents[1] / "assets" / "nsa_reference.safetensors"
 
 
@@ -71,24 +75,26 @@ def flipped(*tensors: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("size", "count"), [(4, 4), (3, 7), (8, 3)])
-def test_selected_branch(naive: ModuleType, size: int, count: int) -> None:
+def test_selected_branch(naive: ModuleType, size: int, count: int, agrees: Callable[..., None]) -> None:
     q, k, v = drawn(BATCH, HEADS, LENGTH, DIM), drawn(BATCH, GROUPS, LENGTH, DIM), drawn(BATCH, GROUPS, LENGTH, DIM)
     blocks = -(-LENGTH // size)
     sizes = sizes_of(size, count)
     chosen = select_blocks(torch.rand(BATCH, GROUPS, LENGTH, blocks), places().within, sizes)
     want = naive.naive_nsa_selection(*flipped(q, k, v, chosen), size).transpose(1, 2)
     for form in (attend_gathered, attend_masked):
-        torch.testing.assert_close(form(q, k, v, chosen, places(), sizes), want, rtol=1e-5, atol=1e-5)
+        got = form(q, k, v, chosen, places(), sizes)
+        agrees(NAME, "selected branch", got, want, oracle="fla-core naive_nsa_selection", **CLOSE)
 
 
 @pytest.mark.parametrize(("size", "count"), [(4, 4), (3, 7), (8, 3)])
-def test_compressed_branch_and_choice(naive: ModuleType, size: int, count: int) -> None:
+def test_compressed_branch_and_choice(naive: ModuleType, size: int, count: int, agrees: Callable[..., None]) -> None:
     sizes = sizes_of(size, count)
     ended, blocks = sizes.ended(LENGTH), -(-LENGTH // size)
     q, k, v = drawn(BATCH, HEADS, LENGTH, DIM), drawn(BATCH, GROUPS, ended, DIM), drawn(BATCH, GROUPS, ended, DIM)
     got, mass = attend_compressed(q, k, v, places(), sizes)
     want, _ = naive.naive_nsa_compression(*flipped(q, k, v), size, DIM**-0.5)
-    torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    want = want.transpose(1, 2)
+    agrees(NAME, "compressed branch", got, want, oracle="fla-core naive_nsa_compression", **CLOSE)
     chosen = select_blocks(block_importance(mass, blocks, None, sizes), places().within, sizes)
     padded = torch.nn.functional.pad(k, (0, 0, 0, blocks - ended))  # it counts the block under construction too
     theirs = naive.naive_nsa_topk(*flipped(q, padded), count, size, DIM**-0.5).transpose(1, 2)
@@ -96,7 +102,7 @@ def test_compressed_branch_and_choice(naive: ModuleType, size: int, count: int) 
     assert torch.equal(chosen.masked_fill(chosen > own, -1).sort(-1).values, theirs.sort(-1).values)
 
 
-def test_overlapping_blocks() -> None:
+def test_overlapping_blocks(agrees: Callable[..., None]) -> None:
     stored = load_file(ASSET)
     q, k, v, ck, cv = (
         stored[name].double().transpose(0, 1)[None]
@@ -113,8 +119,9 @@ def test_overlapping_blocks() -> None:
         chosen.masked_fill(chosen > steps[..., None] // sizes.select, -1).sort(-1).values, theirs.sort(-1).values
     )
     assert len(theirs[:, :, -1].unique()) > sizes.count  # the groups choose for themselves
-    for got, name in ((coarse, "coarse"), (fine, "fine"), (masked, "fine")):
-        torch.testing.assert_close(got[0].transpose(0, 1), stored[name].double(), rtol=1e-6, atol=1e-6)
+    for what, name, got in (("compressed", "coarse", coarse), ("selected", "fine", fine), ("selected", "fine", masked)):
+        want = stored[name].double().transpose(0, 1)[None]
+        agrees(NAME, f"{what} branch of overlapping blocks", got, want, oracle=PUBLISHED, rtol=1e-6, atol=1e-6)
 
 
 def test_equal_importance_goes_to_the_earlier_block() -> None:
