@@ -44,6 +44,10 @@ class LawError(TrilemmaError):
     """A path without a law record is asked to run, or a law does not hold."""
 
 
+class BackendError(TrilemmaError):
+    """A backend cannot serve: not installed, another device or type, or another answer than our own form's."""
+
+
 class TrainingError(TrilemmaError):
     """Training cannot go on: the loss or a gradient is not a number."""
 

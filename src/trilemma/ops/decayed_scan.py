@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilemma.ops.dispatch import served
 from trilemma.ops.mixing import mixes
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
@@ -51,6 +52,7 @@ def decayed_scan_naive(
 
 
 @mixes("v")
+@served("decayed_scan")
 def decayed_scan(
     q: Tensor,
     k: Tensor,

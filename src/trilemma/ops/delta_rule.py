@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilemma.ops.dispatch import served
 from trilemma.ops.mixing import mixes
 from trilemma.ops.triangular import unit_lower_inverse, unit_lower_inverse_flops
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
@@ -60,6 +61,7 @@ def delta_rule_naive(
 
 
 @mixes("v")
+@served("delta_rule")
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -97,21 +99,22 @@ def delta_rule(
         beta = _chunks(beta.to(precise), size)  # [B, H, N, C]
         g = _chunks(log_decay.to(precise).clamp(min=_CLOSED), size).cumsum(-1)
         from_begin, to_end, carry = g.exp(), (g[..., -1:] - g).exp(), g[..., -1].exp()
-        later = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
-        within = (g[..., :, None] - g[..., None, :]).masked_fill(later, -torch.inf).exp()  # [B, H, N, C, C]
+        later = torch.full((size, size), -torch.inf, dtype=precise, device=k.device).triu(1)
+        within = (g[..., :, None] - g[..., None, :]).add_(later).exp_()  # [B, H, N, C, C]
         if starts is not None:
             begun = _chunks(starts[:, None], size).cumsum(-1)  # [B, 1, N, C] sequences since the chunk's begin
             within = within * (begun[..., :, None] == begun[..., None, :])
             from_begin, to_end = from_begin * (begun == 0), to_end * (begun == begun[..., -1:])
             carry = carry * (begun[..., -1] == 0)
         across = keys.transpose(-1, -2).contiguous()
-        inverse = unit_lower_inverse((keys @ across).to(precise) * (within * beta[..., None])).to(kind)
+        weighted = keys * beta[..., None].to(kind)
+        inverse = unit_lower_inverse((weighted @ across).to(precise) * within).to(kind)
         scores = (queries @ across) * within.to(kind)
         wanted = inverse @ (values * beta[..., None].to(kind))
         out = scores @ wanted
         if out.shape[2] == 1 and state is None and not want_state:
             return _tokens(out, length), None
-        erased = inverse @ (keys * (beta * from_begin)[..., None].to(kind))
+        erased = inverse @ (weighted * from_begin[..., None].to(kind))
         ending = across * to_end[..., None, :].to(kind)
         unchanged = torch.eye(width, dtype=precise, device=k.device) * carry[..., None, None]
         before, final = _carried(unchanged - ending @ erased, (ending @ wanted).to(precise), state)

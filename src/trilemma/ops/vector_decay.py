@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trilemma.ops.dispatch import served
 from trilemma.ops.mixing import mixes
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
@@ -48,6 +49,7 @@ def vector_scan_naive(
 
 
 @mixes("v")
+@served("vector_scan")
 def vector_scan(
     q: Tensor,
     k: Tensor,

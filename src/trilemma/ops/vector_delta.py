@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilemma.ops.dispatch import served
 from trilemma.ops.mixing import mixes
 from trilemma.ops.triangular import unit_lower_inverse, unit_lower_inverse_flops
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_uniform
@@ -72,6 +73,7 @@ def vector_delta_naive(
 
 
 @mixes("v")
+@served("vector_delta")
 def vector_delta(
     q: Tensor,
     k: Tensor,
