@@ -23,6 +23,8 @@ from trilemma.errors import ConfigError, LawError, nearest
 from trilemma.laws.registered import verify
 from trilemma.laws.report import FAIL, NOT_APPLICABLE, PASS, Report
 from trilemma.mixers.base import Mixer
+from trilemma.ops import backends
+from trilemma.ops.dispatch import plainly, trying
 from trilemma.registry import mixer_class
 
 PATHS = ("plain", "compiled")
@@ -33,13 +35,16 @@ _ROOMS = tuple(f"trilemma.{room}" for room in ("ops.", "nn.", "mixers.", "state"
 
 
 def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
-    """sha256 of what runs: the mixer's source and its bases', all of ours that they import, torch's version, path, device.
+    """sha256 of what runs: sources of mixer, bases and what they import of ours, torch's version, path, device.
+
+    The path of the backends in use, such as "plain+fla", stands on them too: their versions and adapters.
 
     Raises:
         ConfigError: unknown mixer or path.
     """
-    if path not in PATHS:
-        raise ConfigError(f'unknown path "{path}"{nearest(path, PATHS)}')
+    known = {*PATHS, backends.path()}
+    if path not in known:
+        raise ConfigError(f'unknown path "{path}"{nearest(path, known)}')
     bases = [cls for cls in mixer_class(name).__mro__ if issubclass(cls, Mixer)]
     files = _closure({Path(source) for cls in bases if (source := inspect.getsourcefile(cls)) is not None})
     public_version = torch.__version__.partition("+")[0]
@@ -47,6 +52,8 @@ def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
     contents = sorted((file.name, file.read_bytes()) for file in files)  # names repeat: ops/attention, mixers/attention
     for file_name, content in contents:
         digest.update(f"\n{file_name}\n".encode() + content)
+    if path not in PATHS:
+        digest.update(backends.identity().encode())
     return digest.hexdigest()
 
 
@@ -82,7 +89,8 @@ def record(
 
     Args:
         name: the mixer.
-        path: plain (every law but compile) or compiled (the law compile).
+        path: plain (every law but compile), compiled (the law compile), or that of the backends in use (as plain; calls
+            that they do not serve, such as those in float64, run in our own form).
         level, seed, device, progress: as in `verify`.
 
     Returns:
@@ -90,7 +98,8 @@ def record(
         is allowed, and where it fails.
     """
     print_of = fingerprint(name, path, device)
-    reports = verify(name, laws=laws_of(path), level=level, seed=seed, device=device, progress=progress)
+    with plainly() if path in PATHS else trying():
+        reports = verify(name, laws=laws_of(path), level=level, seed=seed, device=device, progress=progress)
     return _record(print_of, path, device, reports)
 
 
@@ -102,7 +111,7 @@ def records_of(prints: dict[str, str], reports: list[Report], device: str = "cpu
 def laws_of(path: str) -> list[str]:
     """The laws that a path's record stands on."""
     from_plain = ["split", "causality", "raggedness", "state", "cost", "training", "truth"]
-    return from_plain if path == "plain" else ["compile"]
+    return ["compile"] if path == "compiled" else from_plain
 
 
 def _record(print_of: str, path: str, device: str, reports: list[Report]) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def require(
 
     Args:
         mixers: instances or names.
-        path: plain or compiled.
+        path: plain, compiled, or that of the backends in use.
         device: cpu, cuda or mps.
         say: told when laws have to run.
 
