@@ -26,6 +26,7 @@ from trilemma.measure.evaluation import Evaluation, score_model, score_texts
 from trilemma.measure.forced import forced_nats
 from trilemma.measure.texts import file_texts, split_texts
 from trilemma.models import SequenceModel
+from trilemma.ops import backends
 from trilemma.runs import RunDirectory
 from trilemma.runs.load import load_run
 
@@ -147,7 +148,7 @@ class Predictor:
     @property
     def path(self) -> str:
         """How the model is executed: form, device and type, such as "plain/cpu/float32"."""
-        return f"plain/{torch.device(self.device).type}/{str(self.dtype).removeprefix('torch.')}"
+        return f"{backends.path()}/{torch.device(self.device).type}/{str(self.dtype).removeprefix('torch.')}"
 
     # Generation
 

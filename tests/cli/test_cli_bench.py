@@ -23,7 +23,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     measured = machine.measure_ceilings("cpu", quick=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "measure_ceilings", lambda device: measured)
-    monkeypatch.setattr(laws, "require", lambda mixers, path, **options: {})  # the laws have tests of their own
+    monkeypatch.setattr(
+        laws.admission, "require", lambda mixers, path, **options: {}
+    )  # the laws have tests of their own
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     return file
@@ -87,9 +89,16 @@ def test_no_path_is_measured_without_a_law_record(
         asked.extend([path, *(mixer.name for mixer in mixers)])  # type: ignore[attr-defined]
         raise LawError('mixer "retention" breaks the law')
 
-    monkeypatch.setattr(laws, "require", refuse)
+    monkeypatch.setattr(laws.admission, "require", refuse)
     assert main(["bench", str(config), *QUICK]) == 2
     assert asked == ["plain", "retention"]
     captured = capsys.readouterr()
     assert captured.out == ""
     assert 'trilemma: mixer "retention" breaks the law' in captured.err
+
+
+def test_a_backend_that_cannot_serve_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(config), *QUICK, "--backend", "fla"]) == 2
+    assert capsys.readouterr().err == "trilemma: backend fla runs on cuda, not on cpu\n"
+    assert main(["bench", str(config), *QUICK, "--backend", "flaa"]) == 2
+    assert 'unknown backend "flaa"; did you mean "fla"?' in capsys.readouterr().err

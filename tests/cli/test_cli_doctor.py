@@ -29,6 +29,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["ceilings"]["float32_gflops"] > 0
     assert report["machine"]["threads"] >= 1
     assert "measuring" in captured.err
+    reasons = {(item["runs"], item["why"]) for item in report["backends"]}
+    assert reasons == {("plain PyTorch", "backend fla runs on cuda, not on cpu")}
+    assert {"decayed_scan", "delta_rule"} <= {item["operator"] for item in report["backends"]}
 
 
 def test_text_names_every_choice_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +41,7 @@ def test_text_names_every_choice_with_its_reason(capsys: pytest.CaptureFixture[s
     assert machine.choose_precision("cpu")[1] in text
     assert "GFLOP/s" in text
     assert "GB/s" in text
+    assert "decayed_scan  plain PyTorch (backend fla runs on cuda, not on cpu)" in text
     assert main(["doctor", "--device", "cpu"]) == 0
     assert "measuring" not in capsys.readouterr().err  # the second time it comes from the cache
 

@@ -26,7 +26,7 @@ LINES = ["twenty-one", "", "a", "naïve – 犬", "   ", "zzz zzz"]
 @pytest.fixture(autouse=True)
 def _lawful(monkeypatch: pytest.MonkeyPatch) -> None:
     """The laws have tests of their own."""
-    monkeypatch.setattr(laws, "require", lambda mixers, path, **options: {})
+    monkeypatch.setattr(laws.admission, "require", lambda mixers, path, **options: {})
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_no_path_runs_without_a_law_record(
         asked.extend([path, *sorted({mixer.name for mixer in mixers})])
         raise LawError('mixer "attention" breaks the law on the path plain')
 
-    monkeypatch.setattr(laws, "require", refuse)
+    monkeypatch.setattr(laws.admission, "require", refuse)
     code, out, err = run_filter("a\n", make_run())
     assert (code, out) == (2, "")
     assert "breaks the law" in err
@@ -202,7 +202,7 @@ import sys
 from trilemma import laws
 from trilemma.cli.main import main
 from trilemma.measure.memory import peak_resident_bytes, reset_peak_resident
-laws.require = lambda mixers, path, **options: reset_peak_resident()
+laws.admission.require = lambda mixers, path, **options: reset_peak_resident()
 code = main(sys.argv[1:])
 print("peak", peak_resident_bytes() // 1024, file=sys.stderr)
 sys.exit(code)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import Device, Json, Overrides, is_run, print_json, say
+from trilemma.cli.common import BackendOption, Device, Json, Overrides, is_run, print_json, say
 from trilemma.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def command(
         Path | None, typer.Option("--out", help="folder for bench.csv, bench.json, bench.png, bench.svg")
     ] = None,
     device: Device = "auto",
+    backend: BackendOption = "auto",
     json: Json = False,
 ) -> None:
     """Cost curves: prefill, first token, ms per token, state bytes against context and batch.
@@ -51,16 +52,18 @@ def command(
 
     from trilemma import laws, machine
     from trilemma.measure import cost, cost_report
+    from trilemma.ops import backends
 
     sizes, rows_together = _numbers(contexts, "--contexts"), _numbers(batch, "--batch")
     if precision not in PRECISIONS:
         raise ConfigError(f'--precision: unknown value "{precision}"{nearest(precision, PRECISIONS)}')
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
-    laws.require(model.mixers(), "plain", device=place, say=say)
     dtype = None if precision == "auto" else getattr(torch, precision)
+    used = dtype or next(model.parameters()).dtype
+    path = laws.admit(model.mixers(), backend, device=place, dtype=used, say=say)
     cells = len(sizes) * len(rows_together)
-    say(f"device {place}: {place_reason}; {cells} cells of about {max_seconds:.0f} s each at most")
+    say(f"device {place}: {place_reason}; path {path}; {cells} cells of about {max_seconds:.0f} s each at most")
     if not machine.ceilings_are_cached(place):
         say("measuring this machine's ceilings first (about three seconds)")
     rows = cost.measure_decode(
@@ -73,7 +76,8 @@ def command(
         "parameters": model.parameter_counts(),
         "rows": rows,
         "ceilings": vars(machine.ceilings(place)),
-        "environment": machine.environment(place, str(dtype or next(model.parameters()).dtype).removeprefix("torch.")),
+        "environment": machine.environment(place, str(used).removeprefix("torch.")),
+        "backends": [str(choice) for choice in backends.running()],
     }
     if train:
         length = min(sizes)

@@ -18,6 +18,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one machine-readable l
 Out = Annotated[Path, typer.Option("--out", help="folder to write to", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")]
 
+BackendOption = Annotated[
+    str, typer.Option("--backend", help="who runs the operators: auto, plain (our own form) or fla (GPU)")
+]
+
 
 def print_json(value: Any) -> None:
     """One line of strict JSON on stdout: no NaN, keys in the given order. Not-a-number becomes null."""

@@ -16,7 +16,7 @@ OPTIONAL = {
     "zstandard": "reading .zst files",
     "tensorboard": "training curves in TensorBoard",
     "transformers": "the Hugging Face peers in benchmarks/",
-    "fla": "GPU kernels of flash-linear-attention",
+    "fla": "GPU kernels of flash-linear-attention (fla-core)",
 }
 REQUIRED = ("torch", "numpy", "tokenizers", "safetensors", "sacrebleu", "pydantic", "typer", "matplotlib")
 
@@ -29,13 +29,17 @@ def command(
     json: Json = False,
 ) -> None:
     """What this machine offers, its measured ceilings, what will be used and why."""
+    import torch
+
     from trilemma import machine
+    from trilemma.ops import backends
 
     chosen, device_reason = machine.choose_device(device)
     if refresh or not machine.ceilings_are_cached(chosen):
         say("measuring ceilings (about three seconds; cached afterwards)")
     ceilings = machine.ceilings(chosen, refresh=refresh)
     precision, precision_reason = machine.choose_precision(chosen)
+    pairs, kind = [backend.pair for backend in backends.BACKENDS], getattr(torch, precision)
     report = {
         "machine": vars(machine.describe()),
         "ceilings": vars(ceilings),
@@ -44,6 +48,7 @@ def command(
             "precision": {"value": precision, "reason": precision_reason},
             "threads": {"value": machine.describe().threads, "reason": "torch's default; OMP_NUM_THREADS changes it"},
         },
+        "backends": [choice._asdict() for choice in backends.choose("auto", pairs, device=chosen, dtype=kind, say=say)],
         "environment": machine.environment(chosen, precision),
         "versions": {name: importlib.metadata.version(name) for name in REQUIRED},
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
@@ -75,6 +80,7 @@ def _text(report: dict[str, Any]) -> str:
             "autocast training step": f"{ceilings['autocast_gain']:.2f} times as fast as float32",
         },
         "What `auto` will use": {name: f"{item['value']}: {item['reason']}" for name, item in chosen.items()},
+        "Backends of operators": {item["operator"]: f"{item['runs']} ({item['why']})" for item in report["backends"]},
         "Versions": {
             "trilemma": f"{report['environment']['trilemma']} (commit {report['environment']['commit'] or 'unknown'})",
             "python": report["environment"]["python"],

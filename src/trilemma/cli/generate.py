@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import Device, Json, print_json, say
+from trilemma.cli.common import BackendOption, Device, Json, print_json, say
 from trilemma.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def command(
     ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
     device: Device = "auto",
+    backend: BackendOption = "auto",
     json: Json = False,
 ) -> None:
     """Reads lines from stdin and writes one line for each to stdout, in order; empty lines stay empty.
@@ -79,7 +80,7 @@ def command(
     settings = decoding_settings(overrides or [], n_best)
     predictor = load(run, device=device, dtype=dtype)
     several = predictor.decoding(**settings).n_best > 1 or n_best is not None  # names wrong keys before laws may run
-    laws.require(predictor.model.mixers(), "plain", device=predictor.device, say=say)
+    laws.admit(predictor.model.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
     size = window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW)
     style = "jsonl" if jsonl else "n-best" if several else "scores" if scores else "text"
     totals = Totals()

@@ -21,6 +21,7 @@ from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.machine import Ceilings, ceilings, synchronize
 from trilemma.measure.memory import PeakMemory
 from trilemma.models import ModelState, SequenceModel
+from trilemma.ops import backends
 
 # Random tokens are drawn above the special ids (pad 0 ... mask 5), so that nothing ends early or is masked.
 _FIRST_ORDINARY = 6
@@ -166,7 +167,7 @@ def measure_training(
     weights = next(subject.parameters()).dtype
     ceiling = (limits or ceilings(device.type)).matmul_gflops(torch.bfloat16 if precision == "bfloat16" else weights)
     return {
-        "path": f"plain/{device.type}/{precision}",
+        "path": f"{backends.path()}/{device.type}/{precision}",
         "batch": batch,
         "length": length,
         "source_length": source_length,
@@ -226,7 +227,7 @@ class _Bench:
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         self.new_tokens, self.repeats, self.max_seconds, self.seed = new_tokens, repeats, max_seconds, seed
         self.limits = limits or ceilings(self.device.type)
-        self.path = f"plain/{self.device.type}/{str(self.dtype).removeprefix('torch.')}"
+        self.path = f"{backends.path()}/{self.device.type}/{str(self.dtype).removeprefix('torch.')}"
         self.has_encoder = model.layout == "encoder-decoder"
 
     def cell(self, context: int, batch: int, source_length: int | None) -> DecodeCost:
