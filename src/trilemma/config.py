@@ -155,6 +155,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    backend: Literal["auto", "plain", "fla"] = Field("auto", description="who runs the operators")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(3, ge=1)
     validate_every: int | None = Field(None, ge=1, description="steps; None: at every checkpoint")
@@ -240,7 +241,9 @@ class StudyConfig(Section):
     name: str = "study"
     base: RunConfig = RunConfig()
     candidates: list[Candidate] = Field(..., min_length=1)
-    tasks: list[StudyTask] = Field(default_factory=list, description="columns of a matrix; empty: the base's data alone")
+    tasks: list[StudyTask] = Field(
+        default_factory=list, description="columns of a matrix; empty: the base's data alone"
+    )
     reference: str | None = Field(None, description="None: the first candidate")
     budget: Budget
     learning_rates: list[float] = Field(default_factory=list, description="empty: the base's, no sweep")

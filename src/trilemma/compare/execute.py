@@ -21,6 +21,7 @@ from trilemma.compare.training import in_parallel, train_in_process
 from trilemma.config import StudyConfig
 from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError, TrainingError
+from trilemma.ops import backends
 from trilemma.runs import RunDirectory, files
 from trilemma.runs.lock import RunLock
 from trilemma.train.choices import choose
@@ -265,6 +266,7 @@ def _equal_compile(expansion: Expansion, dataset: Dataset) -> Expansion:
     for variant in expansion.variants:
         resolved = dataset.resolved(variant.config)
         decided[variant.name] = choose(resolved, skeleton(resolved.model)).training.compile
+    backends.reset()  # each run chooses its own
     common = "on" if set(decided.values()) == {"on"} else "off"
     return expansion.with_training(compile=common)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from trilemma.data import Dataset, Tokenizer, prepare
 from trilemma.errors import CheckpointError, ConfigError
 from trilemma.machine import keep_freed_memory
 from trilemma.models import SequenceModel, build_model
+from trilemma.ops import backends
 from trilemma.runs import RunDirectory
 from trilemma.runs.directory import SUMMARY
 from trilemma.runs.load import LoadedRun, load_run
@@ -76,7 +77,8 @@ def train(
         _check_shares(config, processes)
         with processes.first_alone():
             # the others find what rank 0 decided on disk
-            found = _Prepared.of(directory, config, data, new=stored is None and processes.is_first)
+            found = _Prepared.of(directory, config, data, new=stored is None and processes.is_first, say=display.say)
+            stack.callback(backends.reset)
             if processes.is_first:
                 stack.enter_context(directory.lock())
                 directory.recover()
@@ -112,7 +114,14 @@ class _Prepared:
     model: SequenceModel
 
     @classmethod
-    def of(cls, directory: RunDirectory, config: RunConfig, data: Data | None, new: bool) -> _Prepared:
+    def of(
+        cls,
+        directory: RunDirectory,
+        config: RunConfig,
+        data: Data | None,
+        new: bool,
+        say: Callable[[str], None],
+    ) -> _Prepared:
         """Prepares data and model; `new`: also makes the run directory, which holds what all choices came to."""
         tokenizer = None
         if not new:
@@ -123,7 +132,7 @@ class _Prepared:
         config = dataset.resolved(config)
         torch.manual_seed(derive(config.seed, "init"))
         model = build_model(config.model)
-        config = choose(config, model)
+        config = choose(config, model, say)
         if new:
             RunDirectory.create(directory.path, config, tokenizer.serialize().encode())
         return cls(config, dataset, tokenizer, model)

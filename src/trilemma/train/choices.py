@@ -1,4 +1,6 @@
-"""Automatic choices, made once: device, precision, compile. Each is written with its reason, and obeyed on resume."""
+"""Automatic choices, made once: device, precision, backend, compile. Each is written with its reason, and obeyed on
+resume.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from trilemma import machine
-from trilemma.config import RunConfig
+from trilemma.config import RunConfig, TrainingConfig
 from trilemma.errors import CapabilityError, ConfigError
+from trilemma.laws import operators_of
 from trilemma.mixers.base import Mixer
 from trilemma.models import SequenceModel
+from trilemma.ops import backends
 
 # What a resumed run may change: how long, how often, how it is shown. The rest is what the run is.
 _CHANGEABLE = {
@@ -28,16 +34,25 @@ _CHANGEABLE = {
     "training.tensorboard",
     "training.average_last",
 }
-_AUTOMATIC = ("precision", "compile", "device")
+_AUTOMATIC = ("precision", "compile", "device", "backend")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _LONG_RUN = 5000  # steps after which a minute of compiling is earned back
 
 
-def choose(config: RunConfig, model: SequenceModel | None = None) -> RunConfig:
-    """`config` with no "auto" left in device and precision and, once the model is known, in compile.
+def choose(
+    config: RunConfig, model: SequenceModel | None = None, say: Callable[[str], None] | None = None
+) -> RunConfig:
+    """`config` with no "auto" left in device and precision and, once the model is known, in backend and compile.
+
+    Args:
+        config: as asked for, or as stored.
+        model: its operators run by the chosen backend from now on.
+        say: told of a self-check, and of calls that a backend chosen by "auto" cannot serve.
 
     Raises:
         ConfigError: a device that is not there, or nothing that ends the training.
-        CapabilityError: compile is "on" for a mixer that declares it cannot be compiled.
+        BackendError: the backend asked for cannot serve this model here.
+        CapabilityError: compile is "on" for a mixer that declares it cannot be compiled, or with a backend.
     """
     training = config.training
     if training.steps is None and training.max_tokens is None and training.max_seconds is None:
@@ -56,6 +71,10 @@ def choose(config: RunConfig, model: SequenceModel | None = None) -> RunConfig:
     device = changes.get("device", training.device)
     if training.precision == "auto":
         changes["precision"], notes["training.precision"] = machine.choose_precision(device)
+    if model is not None:
+        changes["backend"], reason = _backend(training.model_copy(update=changes), model, notes, say)
+        if training.backend == "auto":
+            notes["training.backend"] = reason
     if model is not None and training.compile != "off":
         decided, reason = _compile(config, model)
         if training.compile == "auto":
@@ -101,6 +120,26 @@ def announce(config: RunConfig, before: RunConfig, say: Callable[[str], None]) -
             say(f"{key}: {reason}" if value is None else f"{key}: {value} ({reason})")
 
 
+def _backend(
+    training: TrainingConfig, model: SequenceModel, notes: Mapping[str, str], say: Callable[[str], None] | None
+) -> tuple[str, str]:
+    """What runs the model's operators, and why. A choice that was automatic once stays lenient when resumed."""
+    chosen = backends.choose(
+        training.backend,
+        operators_of(model.mixers()),
+        device=training.device,
+        dtype=_DTYPES[training.precision],
+        strict="training.backend" not in notes,
+        say=say,
+    )
+    if say is not None and training.backend != "auto":
+        for choice in backends.running():  # what `auto` decides is announced with the other choices
+            say(str(choice))
+    if backends.running():
+        return backends.path().removeprefix("plain+"), "; ".join(map(str, chosen))
+    return "plain", "; ".join(sorted({choice.why for choice in chosen})) or "no operator here has another"
+
+
 def _compile(config: RunConfig, model: SequenceModel) -> tuple[str, str]:
     if reason := _uncompilable(model):
         return "off", reason
@@ -117,6 +156,8 @@ def _compile(config: RunConfig, model: SequenceModel) -> tuple[str, str]:
 
 
 def _uncompilable(model: SequenceModel) -> str:
+    if backends.path() != "plain":
+        return f"kernels on the path {backends.path()} are not traced"
     for module in model.modules():
         if isinstance(module, Mixer) and module.capabilities.compiles is not True:
             return f'mixer "{module.name}" is not compiled: {module.capabilities.compiles}'
