@@ -147,9 +147,11 @@ def test_a_wrong_backend_does_not_run(
         with pytest.raises(BackendError, match=r"^backend fake 1\.2 on cpu in \w+ " + message):
             backends.choose(asked, [DECAYED_SCAN], **place)
     else:
-        (choice,) = backends.choose(asked, [DECAYED_SCAN], **place)
+        said: list[str] = []
+        (choice,) = backends.choose(asked, [DECAYED_SCAN], say=said.append, **place)
         assert choice.runs == "plain PyTorch"
         assert "backend fake 1.2 on cpu" in choice.why
+        assert said[-1] == str(choice)
     assert backends.path() == "plain"
     assert not backends.cache_file().exists()  # a failure is not remembered
     decayed_scan(**drawn())

@@ -110,6 +110,8 @@ def choose(
             if asked != "auto":
                 raise
             refusals.setdefault(name, []).append(str(refusal))
+            if say is not None and torch.device(device).type in backend.devices and not backend.missing():
+                say(str(Choice(name, PLAIN, str(refusal))))  # it could have been had
         else:
             admitted[name] = Chosen(backend, asked != "auto" and strict, say, error)
     dispatch._chosen.update(admitted)
