@@ -108,7 +108,7 @@ def agrees(request: pytest.FixtureRequest) -> Callable[..., None]:
         mixer: its name.
         what: the layer or an operator; whole, in cached steps, gradients.
         got, want: tensors, or sequences of them.
-        oracle: an installed package and its part, or where stored numbers come from.
+        oracle: an installed package and its part, or "numbers stored from REPOSITORY@COMMIT, PART".
         no_oracle: in its place, why none can be had; `want` are then the equations written out.
         rtol, atol: as of torch.testing.assert_close.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def test_every_mixer_has_an_oracle_or_says_why_not(name: str) -> None:
     assert items, "no record: see the fixture agrees in tests/conftest.py"
     assert all(bool(item.oracle) != bool(item.no_oracle) for item in items)
     assert any(item.oracle for item in items) == (name not in WITHOUT)
+    known = re.compile(r"[\w-]+ \d+\.\d[\w.]* .+|numbers stored from [\w./-]+@[0-9a-f]{7,}, .+")
+    assert all(known.fullmatch(item.oracle) for item in items if item.oracle), "PACKAGE VERSION PART, or stored numbers"
 
 
 @pytest.mark.parametrize("name", sorted(shipped_oracles()))

@@ -21,7 +21,7 @@ from trilemma.ragged import Ragged
 
 BATCH, HEADS, LENGTH, WIDTH, WIDE = 2, 3, 24, 4, 5
 NUMBERS = Path(__file__).parents[1] / "assets" / "mlstm-layer.safetensors"
-LAYER = "numbers of NX-AI/xlstm 032a6fb's mLSTMLayer"
+LAYER = "numbers stored from NX-AI/xlstm@032a6fb, mLSTMLayer"
 SCANS = {
     "recurrent": "transformers mlstm_recurrent_sequence_native",
     "chunkwise": "transformers mlstm_chunkwise_native_autograd",

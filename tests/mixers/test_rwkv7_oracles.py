@@ -21,6 +21,7 @@ from trilemma.models import build_model
 WIDTH, HEADS, LENGTH, RANK = 8, 2, 7, 32
 STORED = json.loads((Path(__file__).parents[1] / "assets" / "rwkv7.json").read_text())
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
+AUTHORS = "numbers stored from BlinkDL/RWKV-LM@524481d, rwkv_v7_numpy.py"
 
 
 def wave(phase: int, *shape: int) -> Tensor:
@@ -68,7 +69,7 @@ def test_two_layers_of_the_authors(size: int, agrees: Callable[..., None]) -> No
     found = torch.stack([torch.cat(parts, dim=1)[0] for parts in outputs])
     wanted = torch.tensor(STORED["outputs"], dtype=torch.float64)
     what = {1: "layers in cached steps", LENGTH: "layers"}.get(size, f"layers in calls of {size}")
-    agrees("rwkv7", what, found, wanted, oracle="the author's rwkv_v7_numpy.py, numbers stored", **EXACT)
+    agrees("rwkv7", what, found, wanted, oracle=AUTHORS, **EXACT)
     for state, stored in zip(states, STORED["states"], strict=True):
         assert isinstance(state, RWKV7State)
         want = torch.tensor(stored, dtype=torch.float64)

@@ -32,7 +32,7 @@ from trilemma.ops.block_sparse import (
 BATCH, HEADS, GROUPS, LENGTH, DIM = 2, 4, 2, 43, 8
 NAME = "block_sparse_attention"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-PUBLISHED = "XunhaoLai/native-sparse-attention-triton 9bea856 ops/torch (stored numbers)"
+PUBLISHED = "numbers stored from XunhaoLai/native-sparse-attention-triton@9bea856, ops/torch"
 ASSET = Path(__file__).parents[1] / "assets" / "nsa_reference.safetensors"
 
 
