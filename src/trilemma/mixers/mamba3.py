@@ -175,10 +175,10 @@ class Mamba3(Mixer):
         # What the next token adds to a token's weight; zero where it is padding.
         after = nn.functional.pad(before[:, 1:], (0, 0, 0, 1))  # [rows, L, H]
         written = v * (own + after)[:, :, None, :, None].to(v.dtype)
-        flat = [part.flatten(1, 2).transpose(1, 2) for part in (q, k, written)]  # [rows, H, L R, *]
+        q_flat, k_flat, v_flat = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, written))  # [rows, H, L R, *]
         starts = ragged.starts if ragged is not None else None
         o, final = decayed_scan(
-            *flat, log_decay, matrix, starts, self.chunk_size, state is not None, rank=self.mimo_rank
+            q_flat, k_flat, v_flat, log_decay, matrix, starts, self.chunk_size, state is not None, rank=self.mimo_rank
         )
         o = o.transpose(1, 2).unflatten(1, (length, -1)) + self._skip(q, k, v, after)
         y: Tensor = self.out(self._gated(o, gate))
@@ -197,11 +197,12 @@ class Mamba3(Mixer):
         biased = part[..., None, :] + bias.to(part.dtype).unflatten(1, (self.num_groups, -1))
         flat = biased.flatten(3, 4).flatten(0, 1)
         turned, rest = flat.split([2 * self.angles, self.d_state - 2 * self.angles], dim=-1)
-        return torch.cat([rotate(turned, theta.flatten(0, 1)), rest], dim=-1).unflatten(0, part.shape[:2])
+        result: Tensor = torch.cat([rotate(turned, theta.flatten(0, 1)), rest], dim=-1).unflatten(0, part.shape[:2])
+        return result
 
     def _ranks(self, part: Tensor, weight: Tensor | None) -> Tensor:
         """[rows, L, I] -> [rows, L, R, H, P], with MIMO a weighted copy for each rank."""
-        heads = part.unflatten(-1, (1, self.num_heads, -1))
+        heads: Tensor = part.unflatten(-1, (1, self.num_heads, -1))
         return heads if weight is None else heads * weight.to(part.dtype)
 
     def _with_previous(self, state: Mamba3State, weight: Tensor) -> Tensor:
