@@ -24,7 +24,6 @@ from trilemma.nn.cache import KVCache, RingCache
 from trilemma.nn.convolution import extended, next_tail
 from trilemma.nn.positions import rotate, rotation_frequencies
 from trilemma.ops.block_sparse import (
-    BLOCK_SPARSE,
     BlockSizes,
     Places,
     block_sparse_attention,
@@ -32,6 +31,7 @@ from trilemma.ops.block_sparse import (
     packed_blocks,
     rows_at,
 )
+from trilemma.ops.block_sparse_naive import BLOCK_SPARSE
 from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, call_positions
 from trilemma.registry import register_mixer
