@@ -14,6 +14,7 @@ value dimension.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uni
 
 
 def decayed_scan_naive(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, rank: int = 1
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    rank: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token: the reference for the other forms.
 
@@ -64,11 +70,10 @@ def decayed_scan(
     want_state: bool = False,
     rank: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunkwise form, any length, any chunk size.
+    """Chunkwise form, any length, any chunk size; one token with a State is one step.
 
     Args:
-        q, k, v, log_decay, state, rank: as in `decayed_scan_naive`. At padding log_decay and k or v must be zero. v is
-            read fastest when a token's heads lie side by side in memory.
+        q, k, v, log_decay, state, rank: as in `decayed_scan_naive`. At padding log_decay and k or v must be zero.
         starts: [B, L] True where a packed sequence begins: nothing crosses it.
         chunk_size: C, in tokens.
         want_state: whether the last state is needed.
@@ -76,32 +81,60 @@ def decayed_scan(
     Returns:
         o [B, H, L * R, F]; the last state (float32 at least), or None.
     """
-    length, groups = k.shape[2] // rank, k.shape[1]
-    if length == 1 and starts is None and state is not None:
+    if k.shape[2] == rank and starts is None and state is not None:
         return decayed_step(q, k, v, log_decay, state)
+    return chunkwise_scan(q, k, v, log_decay, state, starts, chunk_size, want_state, rank)
+
+
+def chunkwise_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None,
+    chunk_size: int,
+    want_state: bool,
+    rank: int,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`decayed_scan` without its step.
+
+    Args:
+        weights: two of [B, H, L], with which a token's k v^T enters its own output, and later ones; None: 1.
+    """
+    length, groups = k.shape[2] // rank, k.shape[1]
     size = min(chunk_size, length)
     chunks = -(-length // size)
     rest = chunks * size - length
     constant = log_decay.shape[2] == 1 and length > 1
     if rest:
         q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, rest * rank)) for t in (q, k, v))
-        if not constant:
-            log_decay = torch.nn.functional.pad(log_decay, (0, rest))
-    q, k = (t.unflatten(2, (chunks, size * rank)) for t in (q, k))  # [B, G, N, C R, E]
+    # One copy here, or one for each product below.
+    q, k = (t.contiguous().unflatten(2, (chunks, size * rank)) for t in (q, k))  # [B, G, N, C R, E]
     v = v.unflatten(2, (chunks, size * rank)).unflatten(1, (groups, -1))  # [B, G, P, N, C R, F]
+    if v.shape[2] == 1:
+        v = v.contiguous()
     precise = torch.promote_types(log_decay.dtype, torch.float32)
     if constant:  # one pattern for all chunks; the padded tail only makes the last state older, mended below
         g = log_decay.to(precise) * torch.arange(1, size + 1, device=q.device)
         g = g[:, :, None]  # [1, H, 1, C]
     else:
-        g = log_decay.to(precise).unflatten(2, (chunks, size)).cumsum(-1)  # [B or 1, H, N, C]
-    order = torch.arange(size, device=q.device).repeat_interleave(rank)
+        g = _chunked(log_decay.to(precise), chunks, rest).cumsum(-1)  # [B or 1, H, N, C]
     g = g.repeat_interleave(rank, dim=-1).unflatten(1, (groups, -1))  # [B or 1, G, P, N or 1, C R]
-    within = (g[..., :, None] - g[..., None, :]).masked_fill(order[:, None] < order, -torch.inf).exp()
-    resets = _resets(starts, chunks, size, rest, rank) if starts is not None else None  # [B, 1, 1, N, C R]
+    # [B or 1, G, P, N or 1, C R, C R]
+    within: Tensor = _PairDecay.apply(g, rank, q.dtype)  # type: ignore[no-untyped-call]
+    later = None
+    if weights is not None:
+        own, later = (
+            _chunked(weight, chunks, rest).repeat_interleave(rank, dim=-1).unflatten(1, (groups, -1))
+            for weight in weights
+        )  # [B, G, P, N, C R]
+        within = _weighted(within, own, later, rank)
+    resets = _resets(starts, chunks, rest, rank) if starts is not None else None  # [B, 1, 1, N, C R]
     if resets is not None:
         within = within * (resets[..., :, None] == resets[..., None, :])
-    out = ((q @ k.transpose(-1, -2))[:, :, None] * within.to(q.dtype)) @ v  # [B, G, P, N, C R, F]
+    out = ((q @ k.transpose(-1, -2))[:, :, None] * within) @ v  # [B, G, P, N, C R, F]
     if chunks == 1 and state is None and not want_state:
         return _tokens(out, length * rank), None
     last = g[..., -1]  # [., G, P, .]
@@ -114,8 +147,10 @@ def decayed_scan(
         to_end = to_end * (resets == resets[..., -1:])
         from_begin = from_begin * (resets == 0)
         carry = carry * (resets[..., -1] == 0)
+    if later is not None:
+        to_end = to_end * later
     added = k.transpose(-1, -2) @ _side_by_side(v * to_end[..., None].to(v.dtype))  # [B, G, N, E, P F]
-    before, final = _carried(added, carry.expand(-1, -1, -1, chunks), state, precise)
+    before, final = _carried(added, carry.expand(len(q), -1, -1, chunks), state, precise)
     read = (q @ before).unflatten(-1, (v.shape[2], -1)).permute(0, 1, 4, 2, 3, 5)
     return _tokens(torch.addcmul(out, read, from_begin[..., None].to(out.dtype)), length * rank), final
 
@@ -166,24 +201,83 @@ def _tokens(out: Tensor, rows: int) -> Tensor:
     return out.flatten(3, 4)[:, :, :, :rows].flatten(1, 2)
 
 
+def _chunked(tokens: Tensor, chunks: int, rest: int) -> Tensor:
+    """[..., L] -> [..., N, C], with `rest` zeros at the end."""
+    padded: Tensor = torch.nn.functional.pad(tokens, (0, rest)).unflatten(-1, (chunks, -1))
+    return padded
+
+
+def _weighted(within: Tensor, own: Tensor, later: Tensor, rank: int) -> Tensor:
+    """The decays [., C R, C R] times the weight of what is read: `own` where a token reads itself, else `later`."""
+    token = torch.arange(within.shape[-1], device=within.device) // rank
+    same = (token[:, None] == token).to(within.dtype)
+    weighted = within * later[..., None, :].to(within.dtype)
+    return torch.addcmul(weighted, (own - later)[..., None, :].to(within.dtype), same)
+
+
 def _carried(added: Tensor, carry: Tensor, state: Tensor | None, precise: torch.dtype) -> tuple[Tensor, Tensor]:
     """State before each chunk [B, G, N, E, P F] and after the last [B, H, E, F].
 
     Args:
         added: [B, G, N, E, P F] each chunk's own part.
-        carry: [B or 1, G, P, N] each chunk's decay.
+        carry: [B, G, P, N] each chunk's decay.
     """
     groups, shared = carry.shape[1:3]
-    parts = added.unflatten(-1, (shared, -1)).unbind(2)  # [B, G, E, P, F] each; a loop of indexing would be quadratic
+    added = added.unflatten(-1, (shared, -1))
     if state is None:
-        current = torch.zeros_like(parts[0], dtype=precise)
+        first = torch.zeros_like(added[:, :, 0], dtype=precise)
     else:
-        current = state.to(precise).unflatten(1, (groups, -1)).transpose(2, 3)
-    before = []
-    for part, decay in zip(parts, carry[:, :, None, :, None].unbind(-1), strict=True):
-        before.append(current.to(added.dtype))
-        current = torch.addcmul(part.to(precise), decay, current)
-    return torch.stack(before, dim=2).flatten(-2), current.transpose(2, 3).flatten(1, 2)
+        first = state.to(precise).unflatten(1, (groups, -1)).transpose(2, 3)  # [B, G, E, P, F]
+    before, final = _ChunkStates.apply(added, carry, first)  # type: ignore[no-untyped-call]
+    return before.flatten(-2), final.transpose(2, 3).flatten(1, 2)
+
+
+class _PairDecay(torch.autograd.Function):
+    """exp(g_t - g_s) for t >= s, else 0: what is left at t of what s wrote.
+
+    Nothing is exponentiated above 0, and nothing below 2^-100, where exponentials become slow and are as good as zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+        """g: [..., C R] -> [..., C R, C R] of type `dtype`."""
+        token = torch.arange(g.shape[-1], device=g.device) // rank
+        g = g * math.log2(math.e)
+        decay = (g[..., :, None] - g[..., None, :]).clamp_(-100, 0).exp2_()
+        decay = (decay * (token[:, None] >= token)).to(dtype)
+        ctx.save_for_backward(decay)
+        ctx.precise = g.dtype
+        return decay
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (decay,) = ctx.saved_tensors
+        products = gradient * decay
+        return products.sum(-1, dtype=ctx.precise) - products.sum(-2, dtype=ctx.precise), None, None
+
+
+class _ChunkStates(torch.autograd.Function):
+    """The recurrence over chunks, in its own precision: S_n = carry_n S_{n-1} + added_n."""
+
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, carry: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, G, N, E, P, F], [B, G, P, N], S_0 [B, G, E, P, F] -> S_0 ... S_{N-1} of added's type and shape, S_N."""
+        before, current = torch.empty_like(added), first.clone()
+        for n, decay in enumerate(carry[:, :, None, :, None].unbind(-1)):
+            before[:, :, n] = current
+            current.mul_(decay).add_(added[:, :, n])
+        ctx.save_for_backward(before, carry)
+        return before, current
+
+    @staticmethod
+    def backward(ctx: Any, for_before: Tensor, for_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        before, carry = ctx.saved_tensors
+        for_added, for_carry, current = torch.empty_like(before), torch.empty_like(carry), for_last.clone()
+        for n in reversed(range(before.shape[2])):
+            for_added[:, :, n] = current
+            for_carry[..., n] = (current * before[:, :, n]).sum((2, 4))
+            current.mul_(carry[:, :, None, :, None, n]).add_(for_before[:, :, n])
+        return for_added, for_carry, current
 
 
 def _shorter_last(
@@ -197,10 +291,9 @@ def _shorter_last(
     return to_end, carry
 
 
-def _resets(starts: Tensor, chunks: int, size: int, rest: int, rank: int) -> Tensor:
+def _resets(starts: Tensor, chunks: int, rest: int, rank: int) -> Tensor:
     """[B, 1, 1, N, C R] how many packed sequences have begun since the chunk's first token, that one included."""
-    padded = torch.nn.functional.pad(starts, (0, rest))
-    counts: Tensor = padded.unflatten(1, (chunks, size)).cumsum(-1).repeat_interleave(rank, dim=-1)
+    counts: Tensor = _chunked(starts, chunks, rest).cumsum(-1).repeat_interleave(rank, dim=-1)
     return counts[:, None, None]
 
 
