@@ -47,7 +47,11 @@ def as_stored(rank: int, chunk_size: int) -> Mamba3:
     with torch.no_grad():
         for seed, (name, shape, initial) in enumerate(theirs):
             value = initial + 0.5 * pattern(seed, *shape)
-            ours.get_parameter(name).copy_(value.transpose(0, 1) if len(shape) == 3 else value)
+            value = value.transpose(0, 1) if len(shape) == 3 else value
+            if name[1:] in ("_bias", "_norm.weight"):
+                ours.get_parameter("bc" + name[1:6].rstrip("."))["BC".index(name[0])] = value
+            else:
+                ours.get_parameter(name).copy_(value)
     return ours
 
 
@@ -66,7 +70,10 @@ def test_whole_layer(name: str, chunk_size: int, agrees: Callable[..., None]) ->
 def naive(ours: Mamba3, x: Tensor) -> Tensor:
     """The equations of the paper, token by token and head by head."""
     rows, heads = len(x), ours.num_heads
-    gate, u, b, c, step, rate, trapezoid, turn = ours.project(x).split(ours.widths, dim=-1)
+    gate, u, bc, step, rate, trapezoid, turn = ours.project(x).split(ours.widths, dim=-1)
+    bc = bc.unflatten(-1, (2, ours.mimo_rank, ours.num_groups, -1))
+    bc = bc / (bc.square().mean(-1, keepdim=True) + ours.epsilon).sqrt() * ours.bc_norm[:, None, None]
+    bc = bc.repeat_interleave(heads // ours.num_groups, dim=4) + ours.bc_bias  # [rows, L, 2, R, H, E]
     weights = ours.mimo_x, ours.mimo_z, ours.mimo_o
     mx, mz, mo = (torch.ones(1, heads, ours.head_dim).to(x) if weight is None else weight for weight in weights)
     outs = []
@@ -79,10 +86,7 @@ def naive(ours: Mamba3, x: Tensor) -> Tensor:
         alpha = torch.exp(-delta * decay_rate(rate[:, t]))
         theta = theta + delta[..., None] * math.pi * turn[:, t, None].tanh()
         old_k, old_v = k, v
-        k, q = (
-            turned(spread(ours, norm(part[:, t].unflatten(-1, (ours.mimo_rank, ours.num_groups, -1)))) + bias, theta)
-            for part, norm, bias in ((b, ours.B_norm, ours.B_bias), (c, ours.C_norm, ours.C_bias))
-        )
+        k, q = turned(bc[:, t, 0], theta), turned(bc[:, t, 1], theta)
         v = u[:, t].unflatten(-1, (1, heads, -1)) * mx
         z = gate[:, t].unflatten(-1, (1, heads, -1)) * mz
         before = torch.einsum("brhe,brhp->bhep", old_k, old_v) * ((1 - mix) * delta * alpha)[..., None, None]
@@ -91,11 +95,6 @@ def naive(ours: Mamba3, x: Tensor) -> Tensor:
         o = torch.einsum("bhep,brhe->brhp", state, q) + ours.D[:, None] * v
         outs.append((o * nn.functional.silu(z) * mo).sum(1).flatten(1))
     return ours.out(torch.stack(outs, dim=1))
-
-
-def spread(ours: Mamba3, part: Tensor) -> Tensor:
-    """[rows, R, G, E] -> [rows, R, H, E]."""
-    return part.repeat_interleave(ours.num_heads // ours.num_groups, dim=2)
 
 
 def turned(part: Tensor, theta: Tensor) -> Tensor:

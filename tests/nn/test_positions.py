@@ -49,6 +49,13 @@ def test_a_rotation_keeps_lengths_and_depends_on_distance(interleaved: bool) -> 
         torch.testing.assert_close((at(q, 5) * at(k, 2)).sum(), (at(q, 5 + shift) * at(k, 2 + shift)).sum())
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_fewer_angles_leave_the_last_pairs_as_they_are(interleaved: bool) -> None:
+    x, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 3)
+    whole = torch.cat([angles, torch.zeros(2, 5, 1)], dim=-1)
+    assert torch.equal(rotate(x, angles, interleaved), rotate(x, whole, interleaved))
+
+
 def test_frequencies_with_and_without_the_end_point() -> None:
     open_end = rotation_frequencies(8, 1e4, False, CPU, torch.float64)
     closed = rotation_frequencies(8, 1e4, True, CPU, torch.float64)

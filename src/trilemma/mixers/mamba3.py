@@ -8,8 +8,8 @@
 The update is the trapezoidal rule, the rotation a state transition with complex eigenvalues. MIMO writes and reads R
 pairs at once: x_r = x * M^x_r, y = sum_r M^o_r * (S^T C_r + D x_r) * SiLU(z * M^z_r).
 
-In the chunkwise form a token is written once, with its own weight and that which the next token gives it,
-lambda_t Delta_t + (1 - lambda_{t+1}) Delta_{t+1}; what its own output then has too much of is taken away again.
+In the chunkwise form a token is written once, with its own weight and that which the next token gives it, lambda_t
+Delta_t + (1 - lambda_{t+1}) Delta_{t+1}, of which its own output sees the first part.
 
 Legend: rows, L length, H heads, P head_dim, G groups, E d_state, R mimo_rank, I = H P the inner width.
 """
@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.convolution import extended, next_tail
-from trilemma.nn.norms import RMSNorm
 from trilemma.nn.positions import rotate
 from trilemma.nn.time_step import time_step_bias
-from trilemma.ops.decayed_scan import DECAYED_SCAN, decayed_scan, decayed_scan_flops
+from trilemma.ops.trapezoidal_scan import TRAPEZOIDAL_SCAN, trapezoidal_scan, trapezoidal_scan_flops
 from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.registry import register_mixer
@@ -100,18 +99,17 @@ class Mamba3(Mixer):
                 f"{self.head_dim} * {num_groups}"
             )
         self.angles = int(d_state * rope_fraction) // 2
-        if not 1 <= self.angles <= d_state // 2:
-            raise ConfigError(f"mamba3: rope_fraction {rope_fraction} of d_state {d_state} leaves no pair to rotate")
+        if d_state % 2 or not 1 <= self.angles <= d_state // 2:
+            raise ConfigError(f"mamba3: rope_fraction {rope_fraction} of d_state {d_state} makes no pairs to rotate")
         self.d_state, self.num_groups, self.mimo_rank = d_state, num_groups, mimo_rank
-        self.chunk_size = chunk_size or max(64 // mimo_rank, 1)
+        self.chunk_size, self.epsilon = chunk_size or max(64 // mimo_rank, 1), epsilon
         shared, heads = mimo_rank * num_groups * d_state, self.num_heads
-        # gate, x, B, C, Delta, A, lambda, angle
-        self.widths = [self.inner, self.inner, shared, shared, heads, heads, heads, self.angles]
+        # gate, x, B and C, Delta, A, lambda, angle
+        self.widths = [self.inner, self.inner, 2 * shared, heads, heads, heads, self.angles]
         self.project = nn.Linear(d_model, sum(self.widths), bias=False)
         self.dt_bias = nn.Parameter(time_step_bias(heads))
-        self.B_norm, self.C_norm = RMSNorm(d_state, epsilon), RMSNorm(d_state, epsilon)
-        self.B_bias = nn.Parameter(torch.ones(mimo_rank, heads, d_state))
-        self.C_bias = nn.Parameter(torch.ones(mimo_rank, heads, d_state))
+        self.bc_norm = nn.Parameter(torch.ones(2, d_state))
+        self.bc_bias = nn.Parameter(torch.ones(2, mimo_rank, heads, d_state))
         self.mimo_x = self.mimo_z = self.mimo_o = None
         if mimo_rank > 1:
             ranks = torch.ones(mimo_rank, heads, self.head_dim)
@@ -133,8 +131,8 @@ class Mamba3(Mixer):
 
     @classmethod
     def truth_pairs(cls) -> tuple[TruthPair, ...]:
-        """The decayed scan."""
-        return (DECAYED_SCAN,)
+        """The trapezoidal scan."""
+        return (TRAPEZOIDAL_SCAN,)
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
@@ -155,32 +153,36 @@ class Mamba3(Mixer):
         """See `Mixer.forward`."""
         length = x.shape[1]
         assert state is None or isinstance(state, Mamba3State)
-        gate, u, b, c, step, rate, trapezoid, turn = self.project(x).split(self.widths, dim=-1)
+        gate, u, bc, step, rate, trapezoid, turn = self.project(x).split(self.widths, dim=-1)
         precise = torch.promote_types(x.dtype, torch.float32)
         step = nn.functional.softplus(step.to(precise) + self.dt_bias.to(precise))  # [rows, L, H]
         # A step of 0 at padding leaves the State untouched.
         step = zero_padding(step, ragged.valid(length) if ragged is not None else None)
-        log_decay = (-decay_rate(rate.to(precise)) * step).transpose(1, 2)  # [rows, H, L]
-        own = torch.sigmoid(trapezoid.to(precise)) * step
-        before = step - own  # weight of the token before, [rows, L, H]
+        log_decay = -decay_rate(rate.to(precise)) * step
+        now = torch.sigmoid(trapezoid.to(precise)) * step  # weight of a token, and of the token before
+        before = step - now
         theta = (step[..., None] * (math.pi * turn.to(precise).tanh())[:, :, None]).cumsum(1)  # [rows, L, H, angles]
         if state is not None:
             theta = theta + state.angle[:, None]
-        k = self._rotated(self.B_norm(b.unflatten(-1, (self.mimo_rank, self.num_groups, -1))), self.B_bias, theta)
-        q = self._rotated(self.C_norm(c.unflatten(-1, (self.mimo_rank, self.num_groups, -1))), self.C_bias, theta)
-        v = self._ranks(u, self.mimo_x)  # [rows, L, R, H, P]; k, q: [rows, L, R, H, E]
-        matrix = None
-        if state is not None:  # what the first token gives to the one before it
-            matrix = self._with_previous(state, before[:, 0])
-        # What the next token adds to a token's weight; zero where it is padding.
-        after = nn.functional.pad(before[:, 1:], (0, 0, 0, 1))  # [rows, L, H]
-        written = v * (own + after)[:, :, None, :, None].to(v.dtype)
-        q_flat, k_flat, v_flat = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, written))  # [rows, H, L R, *]
+        k, q = self._rotated(bc, theta)  # [rows, L, R, H, E]
+        v = self._ranks(u, self.mimo_x)  # [rows, L, R, H, P]
         starts = ragged.starts if ragged is not None else None
-        o, final = decayed_scan(
-            q_flat, k_flat, v_flat, log_decay, matrix, starts, self.chunk_size, state is not None, rank=self.mimo_rank
+        o, final = trapezoidal_scan(
+            _flat(q),
+            _flat(k),
+            _flat(v),
+            log_decay.transpose(1, 2),
+            now.transpose(1, 2),
+            before.transpose(1, 2),
+            None if state is None else state.matrix,
+            None if state is None else _flat(state.key.unflatten(-1, (self.mimo_rank, self.num_heads, -1))),
+            None if state is None else _flat(self._ranks(state.value, self.mimo_x)),
+            starts,
+            self.chunk_size,
+            state is not None,
+            self.mimo_rank,
         )
-        o = o.transpose(1, 2).unflatten(1, (length, -1)) + self._skip(q, k, v, after)
+        o = torch.addcmul(o.transpose(1, 2).unflatten(1, (length, -1)), v, self.D[:, None].to(v.dtype))
         y: Tensor = self.out(self._gated(o, gate))
         if state is None:
             return y, None
@@ -192,44 +194,31 @@ class Mamba3(Mixer):
             value=next_tail(state.value, extended(u, state.value, 2), ragged),
         )
 
-    def _rotated(self, part: Tensor, bias: Tensor, theta: Tensor) -> Tensor:
-        """[rows, L, R, G, E] with bias [R, H, E], rotated by theta [rows, L, H, angles] -> [rows, L, R, H, E]."""
-        biased = part[..., None, :] + bias.to(part.dtype).unflatten(1, (self.num_groups, -1))
-        flat = biased.flatten(3, 4).flatten(0, 1)
-        turned, rest = flat.split([2 * self.angles, self.d_state - 2 * self.angles], dim=-1)
-        result: Tensor = torch.cat([rotate(turned, theta.flatten(0, 1)), rest], dim=-1).unflatten(0, part.shape[:2])
-        return result
+    def _rotated(self, bc: Tensor, theta: Tensor) -> Tensor:
+        """B and C [rows, L, 2 R G E], normed, biased, rotated by theta [rows, L, H, .] -> [2, rows, L, R, H, E]."""
+        parts = bc.unflatten(-1, (2, self.mimo_rank, self.num_groups, 1, -1))
+        parts = nn.functional.rms_norm(parts, parts.shape[-1:], eps=self.epsilon)
+        parts = parts.permute(2, 3, 0, 1, 4, 5, 6) * self.bc_norm.to(bc.dtype)[:, None, None, None, None, None]
+        bias = self.bc_bias.to(bc.dtype).unflatten(2, (self.num_groups, -1))[:, :, None, None]
+        biased = parts.contiguous() + bias  # [2, R, rows, L, G, H / G, E]
+        turned = rotate(biased.flatten(2, 5).flatten(0, 1)[None], theta.flatten(0, 2)[None])[0]
+        return turned.view(2, self.mimo_rank, *theta.shape[:3], self.d_state).permute(0, 2, 3, 1, 4, 5)
 
     def _ranks(self, part: Tensor, weight: Tensor | None) -> Tensor:
         """[rows, L, I] -> [rows, L, R, H, P], with MIMO a weighted copy for each rank."""
         heads: Tensor = part.unflatten(-1, (1, self.num_heads, -1))
         return heads if weight is None else heads * weight.to(part.dtype)
 
-    def _with_previous(self, state: Mamba3State, weight: Tensor) -> Tensor:
-        """The State's matrix with the last token's B x^T once more, by weight [rows, H]; in place without autograd."""
-        k = state.key.to(weight.dtype).unflatten(-1, (self.mimo_rank, self.num_heads, -1))[:, 0]  # [rows, R, H, E]
-        v = self._ranks(state.value.to(weight.dtype), self.mimo_x)[:, 0] * weight[:, None, :, None]
-        with torch.autocast(k.device.type, enabled=False):
-            added = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
-        return state.matrix + added if torch.is_grad_enabled() else state.matrix.add_(added)
-
-    def _skip(self, q: Tensor, k: Tensor, v: Tensor, after: Tensor) -> Tensor:
-        """D x without what the next token's weight has put into a token's own output."""
-        skip = self.D[:, None].to(v.dtype) * v
-        if q.shape[1] == 1:
-            return skip
-        scores = q.transpose(2, 3) @ k.permute(0, 1, 3, 4, 2)  # [rows, L, H, R, R]
-        own = (scores * after[..., None, None].to(scores.dtype)) @ v.transpose(2, 3)
-        return skip - own.transpose(2, 3)
-
     def _gated(self, o: Tensor, gate: Tensor) -> Tensor:
         """[rows, L, R, H, P] and the gate [rows, L, I] -> [rows, L, I]."""
         mixed = o * nn.functional.silu(self._ranks(gate, self.mimo_z))
-        return (mixed if self.mimo_o is None else mixed * self.mimo_o.to(o.dtype)).sum(2).flatten(2)
+        if self.mimo_o is not None:
+            mixed = mixed * self.mimo_o.to(o.dtype)
+        return mixed.sum(2).flatten(2)
 
     def no_weight_decay(self) -> set[str]:
-        """The biases, the skip and the step sizes."""
-        return {"B_bias", "C_bias", "D", "dt_bias"}
+        """Norms and biases, the skip and the step sizes."""
+        return {"bc_norm", "bc_bias", "D", "dt_bias"}
 
     def count_parameters(self) -> int:
         """d (3 I + 2 R G E + 3 H + angles), 2 R H E + 2 E + 2 H, and with MIMO 3 R I."""
@@ -238,13 +227,10 @@ class Mamba3(Mixer):
         return projections + biases + (3 * self.mimo_rank * self.inner if self.mimo_rank > 1 else 0)
 
     def flops(self, length: int, context: int = 0) -> int:
-        """Projections, the scan, the token before the first, and what outputs have too much of."""
+        """Projections and the scan."""
         projections = 2 * length * self.d_model * (sum(self.widths) + self.inner)
-        keys, values = (self.num_heads, self.d_state), (self.num_heads, self.head_dim)
-        scan = decayed_scan_flops(length, context, keys, values, self.chunk_size, self.mimo_rank)
-        previous = 2 * self.mimo_rank * self.inner * self.d_state if context > 0 else 0
-        pairs = 2 * length * self.mimo_rank**2 * self.num_heads * (self.d_state + self.head_dim) if length > 1 else 0
-        return projections + scan + previous + pairs
+        size = self.num_heads, self.d_state, self.head_dim
+        return projections + trapezoidal_scan_flops(length, context, *size, self.chunk_size, self.mimo_rank)
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """I E and the angles; B and x of one token."""
@@ -256,3 +242,8 @@ class Mamba3(Mixer):
 def decay_rate(a: Tensor) -> Tensor:
     """f(a) = 1 + a for a >= 0, else 1 / (1 - a): positive with heavy tails; at least 1e-4, as its authors have it."""
     return (a.clamp(min=0) + 1 / (1 - a.clamp(max=0))).clamp(min=1e-4)
+
+
+def _flat(part: Tensor) -> Tensor:
+    """[rows, L, R, H, *] -> [rows, H, L R, *]."""
+    return part.flatten(1, 2).transpose(1, 2)

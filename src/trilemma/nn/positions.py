@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sinusoid(positions: Tensor, dim: int, layout: str = "paper", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +52,7 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | 
 
     Args:
         x: [B, H, L, D].
-        angles: [B or 1, L, D / 2] radians.
+        angles: [B or 1, L, D / 2] radians, or fewer: the last pairs stay as they are.
         interleaved: pairs are (0, 1), (2, 3), ...; else (i, i + D/2), the layout of Llama's weights.
         scale: [B or 1, L, D / 2] factor of each pair (xPos), or None.
 
@@ -63,6 +63,8 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | 
     if scale is not None:
         sine, cosine = sine * scale[:, None], cosine * scale[:, None]
     sine, cosine = sine.to(x.dtype), cosine.to(x.dtype)
+    if rest := x.shape[-1] // 2 - angles.shape[-1]:
+        sine, cosine = nn.functional.pad(sine, (0, rest)), nn.functional.pad(cosine, (0, rest), value=1.0)
     if interleaved:  # strided halves would take twice the time of whole rows
         swapped: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         rotated: Tensor = x * _interleave(cosine, cosine) + swapped * _interleave(-sine, sine)
