@@ -183,9 +183,8 @@ class RWKV7(Mixer):
         x_r, x_w, x_k, x_v, x_a, x_g = torch.lerp(x, before, self.blend[:, None, None].to(x.dtype)).unbind(0)
         value = self._shared_value(self.value(x_v), x_v, shared)
         precise = torch.promote_types(x.dtype, torch.float32)
-        gates = torch.stack([self.decay(x_w), self.rate(x_a)]).to(precise)
-        log_decay, rate = torch.sigmoid(gates).unbind(0)
-        log_decay = -math.exp(-0.5) * log_decay
+        log_decay = -math.exp(-0.5) * torch.sigmoid(self.decay(x_w).to(precise))
+        rate = torch.sigmoid(self.rate(x_a).to(precise))
         key = self.key(x_k).to(precise)
         removal, replacement = self.removal.to(precise), self.replacement.to(precise)
         replaced = key * torch.addcmul(torch.ones_like(rate), rate - 1, replacement)
