@@ -29,6 +29,8 @@ import torch
 from trilemma import __version__
 from trilemma.errors import ConfigError, nearest
 
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # Instruction sets that decide which paths are fast; names as Linux prints them.
@@ -183,11 +185,17 @@ def keep_freed_memory() -> bool:
     By default it hands every large block back to the kernel and gets it again one faulting page at a time, which takes
     a sixth of a training step on a CPU. Peak memory stays what it was; it is only given back when the process ends.
     """
-    if platform.libc_ver()[0] != "glibc":
+    mallopt = getattr(_C_LIBRARY, "mallopt", None)
+    if mallopt is None:
         return False
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # names and numbers of <malloc.h>
-    library = ctypes.CDLL(None)
-    return all(library.mallopt(name, most) == 1 for name in (trim_threshold, mmap_threshold))
+    return all(mallopt(name, most) == 1 for name in (trim_threshold, mmap_threshold))
+
+
+def return_freed_memory() -> None:
+    """Hands what was freed back to the system (glibc), so that the resident set tells what is held."""
+    if (trim := getattr(_C_LIBRARY, "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def synchronize(device: str | torch.device) -> None:

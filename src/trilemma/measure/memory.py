@@ -14,6 +14,8 @@ from typing import Self
 
 import torch
 
+from trilemma.machine import return_freed_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -39,6 +41,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         else:
+            return_freed_memory()  # or a block that is used again would not be seen to grow
             self.resettable = reset_peak_resident()
             self._start = resident_bytes()
         return self
