@@ -57,8 +57,7 @@ fast: install-dev
 	TRILEMMA_LAWS=fast $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not laws"
 
 laws: install-dev
-	TRILEMMA_LAWS=full $(BIN)/python -m pytest -n $(WORKERS) -m laws
-	$(BIN)/trilemma verify --all
+	TRILEMMA_LAWS=full $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m laws
 
 peers: install
 	$(PIP) install --no-deps -c constraints.txt -r benchmarks/peers.txt
