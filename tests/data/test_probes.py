@@ -415,6 +415,26 @@ def test_word_problems_multiply_from_the_left() -> None:
             assert label == product
 
 
+def test_swaps_make_the_whole_group() -> None:
+    """Grazzi's S5 with swaps only: eleven elements are multiplied, all 120 are answers."""
+    table = group_table("S5")
+    probe = build_probe("word-problem", {"moved": 2, "min_length": 30, "max_length": 30})
+    tokens = {int(t) for e in rows(probe, 50) for t in e.tokens}
+    assert len(tokens) == 1 + 10
+    assert all(table[token, token] == 0 for token in tokens), "a swap undoes itself"
+    assert len({int(lab) for e in rows(probe, 200) for lab in e.labels}) == 120
+    assert (
+        len({int(t) for e in rows(build_probe("word-problem", {"group": "A5", "moved": 3}), 50) for t in e.tokens})
+        == 21
+    )
+    for options, message in (
+        ({"group": "Z7", "moved": 2}, "moved is for permutations"),
+        ({"group": "A5", "moved": 2}, "no element"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_probe("word-problem", options)
+
+
 def value_of(tokens: list[str]) -> int:
     """ListOps read from the inside out."""
     operators = {"[MIN": min, "[MAX": max, "[MED": lambda v: int(statistics.median(v)), "[SM": lambda v: sum(v) % 10}

@@ -139,6 +139,8 @@ class WordProblem(Lengths):
 
     Args:
         group: S, A or Z with a number (permutations, even permutations, addition modulo), or a product such as A4xZ5.
+        moved: only permutations that move at most so many things are multiplied: 2 are swaps, 3 three-cycles besides
+            (Grazzi et al., section 5.3). None: every element. The labels are elements of the whole group.
     """
 
     name = "word-problem"
@@ -146,6 +148,7 @@ class WordProblem(Lengths):
     min_length: int = Field(10, ge=1)
     max_length: int = Field(10, ge=1)
     group: str = "S5"
+    moved: int | None = Field(None, ge=2)
 
     @field_validator("group")
     @classmethod
@@ -156,6 +159,21 @@ class WordProblem(Lengths):
                 raise ValueError(f'"{part}" is no group: S2 to S{_LARGEST_SET}, A3 to A{_LARGEST_SET}, Z2 to Z1000')
         return value
 
+    @model_validator(mode="after")
+    def _permutes(self) -> WordProblem:
+        if self.moved is not None and not re.fullmatch(r"[SA]\d+", self.group):
+            raise ValueError(f"moved is for permutations; the group is {self.group}")
+        if len(self._factors()) < 2:
+            raise ValueError(f"no element of {self.group} but the identity moves at most {self.moved}")
+        return self
+
+    def _factors(self) -> Indices:
+        """The elements that are multiplied."""
+        if self.moved is None:
+            return np.arange(len(group_table(self.group)))
+        elements = _permutations(self.group[0], int(self.group[1:]))
+        return np.flatnonzero((elements != np.arange(elements.shape[1])).sum(1) <= self.moved)
+
     def symbols(self) -> list[str]:
         return numbers(len(group_table(self.group)))
 
@@ -164,7 +182,8 @@ class WordProblem(Lengths):
 
     def draw(self, draws: Draws) -> Example:
         table = group_table(self.group)
-        elements = draws.integers(self.length(draws), len(table))
+        factors = self._factors()
+        elements = factors[draws.integers(self.length(draws), len(factors))]
         products = itertools.accumulate(elements.tolist(), lambda product, element: int(table[product, element]))
         return Example(elements, np.fromiter(products, dtype=np.int64, count=len(elements)))
 
@@ -184,13 +203,20 @@ def group_table(name: str) -> Indices:
 def _simple_table(kind: str, size: int) -> Indices:
     if kind == "Z":
         return (np.arange(size)[:, None] + np.arange(size)) % size
-    elements = np.array(list(itertools.permutations(range(size))), dtype=np.int64)
-    if kind == "A":
-        later = np.triu(np.ones((size, size), dtype=bool), 1)
-        inversions = ((elements[:, :, None] > elements[:, None, :]) & later).sum((1, 2))
-        elements = elements[inversions % 2 == 0]
+    elements = _permutations(kind, size)
     digits = size ** np.arange(size)[::-1]
     index = {int(code): at for at, code in enumerate(elements @ digits)}
     # first a, then b: position i goes to b[a[i]]
     products = elements[:, elements].transpose(1, 0, 2) @ digits
     return np.asarray(np.vectorize(index.__getitem__)(products), dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutations(kind: str, size: int) -> Indices:
+    """[elements, size] all ("S") or the even ("A") permutations, in lexicographic order."""
+    elements = np.array(list(itertools.permutations(range(size))), dtype=np.int64)
+    if kind == "A":
+        later = np.triu(np.ones((size, size), dtype=bool), 1)
+        inversions = ((elements[:, :, None] > elements[:, None, :]) & later).sum((1, 2))
+        elements = elements[inversions % 2 == 0]
+    return elements
