@@ -54,7 +54,7 @@ def test_causal_attention_is_torchs(agrees: Callable[..., None]) -> None:
     randomised(mixer)
     x = inputs()
     want, _ = torchs_own(mixer)(x, x, x, attn_mask=causal_mask())
-    agrees("attention", "layer", mixer(x)[0], want, oracle=TORCHS, **TIGHT)
+    agrees("attention", "layer", mixer(x)[0], want, oracle=TORCHS)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -79,7 +79,7 @@ def test_gradients_are_torchs(agrees: Callable[..., None]) -> None:
     (mixer(x)[0] * weights).sum().backward()
     assert oracle.in_proj_weight.grad is not None
     got, want = mixer.qkv.weight.grad, oracle.in_proj_weight.grad
-    agrees("attention", "gradients of the layer", got, want, oracle=TORCHS, rtol=0, atol=1e-11)
+    agrees("attention", "gradients of the layer", got, want, oracle=TORCHS)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -97,7 +97,7 @@ def test_cross_attention_is_torchs(padded: bool, agrees: Callable[..., None]) ->
     mask = None if lengths is None else torch.arange(7) >= lengths[:, None]
     want, _ = oracle(x, memory, memory, key_padding_mask=mask)
     got, _ = mixer(x, mixer.remember(memory, lengths))
-    agrees("cross_attention", "layer", got, want, oracle=TORCHS, **TIGHT)
+    agrees("cross_attention", "layer", got, want, oracle=TORCHS)
 
 
 @pytest.mark.parametrize("interval", [1, 2])
@@ -135,7 +135,7 @@ def test_rotary_grouped_attention_is_llamas(agrees: Callable[..., None]) -> None
     want, _ = oracle(x, position_embeddings=positions, attention_mask=causal_mask()[None, None])
     # transformers computes angles in float32
     llamas = "transformers LlamaAttention"
-    agrees("attention", "layer with rotation and shared keys", mixer(x)[0], want, oracle=llamas, rtol=0, atol=1e-5)
+    agrees("attention", "layer with rotation and shared keys", mixer(x)[0], want, oracle=llamas, share=1e-5)
 
 
 def test_normalised_queries_and_keys_are_qwens(agrees: Callable[..., None]) -> None:
@@ -165,7 +165,7 @@ def test_normalised_queries_and_keys_are_qwens(agrees: Callable[..., None]) -> N
     positions = LlamaRotaryEmbedding(config).double()(x, torch.arange(LENGTH)[None])
     want, _ = oracle(x, position_embeddings=positions, attention_mask=causal_mask()[None, None])
     qwens = "transformers Qwen3Attention"
-    agrees("attention", "layer with normalised queries and keys", mixer(x)[0], want, oracle=qwens, rtol=0, atol=1e-5)
+    agrees("attention", "layer with normalised queries and keys", mixer(x)[0], want, oracle=qwens, share=1e-5)
 
 
 def test_interleaved_rotation_is_gptjs() -> None:
@@ -194,7 +194,7 @@ def test_t5_bias_is_t5s(causal: bool, agrees: Callable[..., None]) -> None:
     mask = causal_mask(140)[None, None] if causal else torch.zeros(1, 1, 140, 140, dtype=torch.float64)
     want = oracle(x, mask=mask)[0]
     t5s = "transformers T5Attention"
-    agrees("attention", "layer with T5's biases", mixer(x)[0], want, oracle=t5s, rtol=0, atol=1e-10)
+    agrees("attention", "layer with T5's biases", mixer(x)[0], want, oracle=t5s)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -209,7 +209,7 @@ def test_alibi_slopes_are_blooms(heads: int, agrees: Callable[..., None]) -> Non
     biases = build_alibi_tensor(torch.ones(1, 5), heads, torch.float32).view(heads, 5)
     want = biases[:, 4] - biases[:, 3]
     blooms = "transformers build_alibi_tensor (Bloom)"
-    agrees("attention", "ALiBi's slopes", torch.tensor(alibi_slopes(heads)), want, oracle=blooms, rtol=1e-6, atol=0)
+    agrees("attention", "ALiBi's slopes", torch.tensor(alibi_slopes(heads)), want, oracle=blooms)
 
 
 def test_alibi_is_a_penalty_on_distance() -> None:

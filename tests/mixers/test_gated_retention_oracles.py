@@ -41,7 +41,7 @@ def test_whole_layer(chunk_size: int, form: str, agrees: Callable[..., None]) ->
     y, _ = mixer(chunk_size=chunk_size)(pattern(10, 1, STORED["length"], WIDTH))
     want = torch.tensor(STORED[form], dtype=torch.float64)
     what, got = f"layer against its {form} form", y[0, STORED["positions"]]
-    agrees("gated_retention", what, got, want, oracle=AUTHORS, rtol=1e-5, atol=1e-6)
+    agrees("gated_retention", what, got, want, oracle=AUTHORS, share=1e-5)
 
 
 def test_the_comparison_can_fail() -> None:

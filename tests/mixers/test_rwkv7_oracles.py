@@ -69,7 +69,7 @@ def test_two_layers_of_the_authors(size: int, agrees: Callable[..., None]) -> No
     found = torch.stack([torch.cat(parts, dim=1)[0] for parts in outputs])
     wanted = torch.tensor(STORED["outputs"], dtype=torch.float64)
     what = {1: "layers in cached steps", LENGTH: "layers"}.get(size, f"layers in calls of {size}")
-    agrees("rwkv7", what, found, wanted, oracle=AUTHORS, **EXACT)
+    agrees("rwkv7", what, found, wanted, oracle=AUTHORS)
     for state, stored in zip(states, STORED["states"], strict=True):
         assert isinstance(state, RWKV7State)
         want = torch.tensor(stored, dtype=torch.float64)

@@ -51,12 +51,12 @@ def test_gated_convolution_is_conv1d_and_glu(
     randomised(mixer)
     x = inputs()
     want, (got, _) = convolved(mixer, x), mixer(x)
-    agrees("conv", "layer", got, want, no_oracle=NO_CONV, **TIGHT)
+    agrees("conv", "layer", got, want, no_oracle=NO_CONV)
     weights = torch.randn_like(want)
     leaves = [x, *mixer.parameters()]
     wanted = torch.autograd.grad((want * weights).sum(), leaves)
     found = torch.autograd.grad((got * weights).sum(), leaves)
-    agrees("conv", "gradients of the layer", found, wanted, no_oracle=NO_CONV, **TIGHT)
+    agrees("conv", "gradients of the layer", found, wanted, no_oracle=NO_CONV)
 
 
 def test_a_padded_batch_is_that_of_zeros() -> None:
@@ -99,12 +99,12 @@ def test_an_ngram_net_is_its_equation(n: int, activation: str, agrees: Callable[
     randomised(mixer)
     x = inputs()
     want, (got, _) = ngram_by_hand(mixer, x), mixer(x)
-    agrees("ngram", "layer", got, want, no_oracle=NO_NGRAM, **TIGHT)
+    agrees("ngram", "layer", got, want, no_oracle=NO_NGRAM)
     weights = torch.randn_like(want)
     leaves = [x, *mixer.parameters()]
     wanted = torch.autograd.grad((want * weights).sum(), leaves)
     found = torch.autograd.grad((got * weights).sum(), leaves)
-    agrees("ngram", "gradients of the layer", found, wanted, no_oracle=NO_NGRAM, **TIGHT)
+    agrees("ngram", "gradients of the layer", found, wanted, no_oracle=NO_NGRAM)
 
 
 def test_a_start_vector_is_a_shift_of_the_inputs() -> None:

@@ -31,7 +31,6 @@ from trilemma.ops.block_sparse import (
 
 BATCH, HEADS, GROUPS, LENGTH, DIM = 2, 4, 2, 43, 8
 NAME = "block_sparse_attention"
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PUBLISHED = "numbers stored from XunhaoLai/native-sparse-attention-triton@9bea856, ops/torch"
 ASSET = Path(__file__).parents[1] / "assets" / "nsa_reference.safetensors"
 
@@ -83,7 +82,7 @@ def test_selected_branch(naive: ModuleType, size: int, count: int, agrees: Calla
     want = naive.naive_nsa_selection(*flipped(q, k, v, chosen), size).transpose(1, 2)
     for form in (attend_gathered, attend_masked):
         got = form(q, k, v, chosen, places(), sizes)
-        agrees(NAME, "selected branch", got, want, oracle="fla-core naive_nsa_selection", **CLOSE)
+        agrees(NAME, "selected branch", got, want, oracle="fla-core naive_nsa_selection", share=1e-5)
 
 
 @pytest.mark.parametrize(("size", "count"), [(4, 4), (3, 7), (8, 3)])
@@ -94,7 +93,7 @@ def test_compressed_branch_and_choice(naive: ModuleType, size: int, count: int, 
     got, mass = attend_compressed(q, k, v, places(), sizes)
     want, _ = naive.naive_nsa_compression(*flipped(q, k, v), size, DIM**-0.5)
     want = want.transpose(1, 2)
-    agrees(NAME, "compressed branch", got, want, oracle="fla-core naive_nsa_compression", **CLOSE)
+    agrees(NAME, "compressed branch", got, want, oracle="fla-core naive_nsa_compression", share=1e-5)
     chosen = select_blocks(block_importance(mass, blocks, None, sizes), places().within, sizes)
     padded = torch.nn.functional.pad(k, (0, 0, 0, blocks - ended))  # it counts the block under construction too
     theirs = naive.naive_nsa_topk(*flipped(q, padded), count, size, DIM**-0.5).transpose(1, 2)
@@ -121,7 +120,7 @@ def test_overlapping_blocks(agrees: Callable[..., None]) -> None:
     assert len(theirs[:, :, -1].unique()) > sizes.count  # the groups choose for themselves
     for what, name, got in (("compressed", "coarse", coarse), ("selected", "fine", fine), ("selected", "fine", masked)):
         want = stored[name].double().transpose(0, 1)[None]
-        agrees(NAME, f"{what} branch of overlapping blocks", got, want, oracle=PUBLISHED, rtol=1e-6, atol=1e-6)
+        agrees(NAME, f"{what} branch of overlapping blocks", got, want, oracle=PUBLISHED, share=1e-5)
 
 
 def test_equal_importance_goes_to_the_earlier_block() -> None:
