@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, Mixer
+from trilemma.nn.constants import constant
 from trilemma.nn.positions import rotate, rotation_frequencies
 from trilemma.ops.decayed_scan import DECAYED_SCAN, decayed_scan, decayed_scan_flops
 from trilemma.ops.truth import TruthPair
@@ -110,9 +111,9 @@ class Retention(Mixer):
         self.project = nn.Linear(d_model, sum(self.widths), bias=bias)
         self.out = nn.Linear(num_heads * self.value_dim, d_model, bias=bias)
         if decay in ("paper", "experiments"):
-            self.log_decay = retention_log_decay(num_heads, decay)
+            self.log_decay = tuple(retention_log_decay(num_heads, decay))
         else:
-            self.log_decay = [math.log1p(-1 / 128) if decay == "one" else 0.0] * num_heads
+            self.log_decay = (math.log1p(-1 / 128) if decay == "one" else 0.0,) * num_heads
         # The published code's initialisation (arXiv 2203.00555's gains).
         for weight in self.project.weight.split(self.widths):
             nn.init.xavier_uniform_(weight, gain=2**-2.5)
@@ -155,15 +156,17 @@ class Retention(Mixer):
         assert state is None or isinstance(state, RetentionState)
         valid = ragged.valid(length) if ragged is not None else None
         positions = call_positions(length, ragged, 0 if state is None else state.lengths, x.device)
-        parts = self.project(x).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts[:3])
+        pairs, *others = self.project(x).split([2 * self.widths[0], *self.widths[2:]], dim=-1)
+        pairs = pairs.unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)  # queries, then keys
+        v = others[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         precise = torch.promote_types(x.dtype, torch.float32)
         angles = positions[..., None].to(precise) * rotation_frequencies(self.head_dim, 1e4, True, x.device, precise)
-        q, k = rotate(q, angles), rotate(k, angles) * self.head_dim**-0.5
+        q, k = rotate(pairs, angles).chunk(2, dim=1)
+        k = k * self.head_dim**-0.5
         k, v = zero_padding(k, valid, 2), zero_padding(v, valid, 2)
         if self.normaliser:  # one more value, constantly 1, sums the scores
             v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
-        log_decay = torch.tensor(self.log_decay, dtype=precise, device=x.device)[None, :, None]
+        log_decay = constant(self.log_decay, precise, x.device)[None, :, None]
         matrix = None
         if state is not None:
             matrix = state.matrix
@@ -173,7 +176,7 @@ class Retention(Mixer):
         retained, final = decayed_scan(q, k, v, log_decay, matrix, starts, self.chunk_size, state is not None)
         mixed = self._normalised(retained, positions)
         if self.gated:
-            mixed = nn.functional.silu(parts[3]) * mixed
+            mixed = nn.functional.silu(others[1]) * mixed
         y: Tensor = self.out(mixed)
         if state is None:
             return y, None
@@ -196,7 +199,7 @@ class Retention(Mixer):
 
     def _mask_row_sums(self, positions: Tensor) -> Tensor:
         """[B or 1, H, L, 1] sum of the decay mask's row, 1 + gamma + ... + gamma^position."""
-        log_decay = torch.tensor(self.log_decay, dtype=torch.float64, device=positions.device)[:, None]
+        log_decay = constant(self.log_decay, torch.float64, positions.device)[:, None]
         count = (positions[:, None] + 1).double()
         series = torch.expm1(count * log_decay) / torch.expm1(log_decay)
         return torch.where(log_decay == 0, count, series)[..., None]

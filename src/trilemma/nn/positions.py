@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from trilemma.nn.constants import kept
+
 
 def sinusoid(positions: Tensor, dim: int, layout: str = "paper", dtype: torch.dtype = torch.float32) -> Tensor:
     """Fixed absolute encodings.
@@ -35,6 +37,7 @@ def sinusoid(positions: Tensor, dim: int, layout: str = "paper", dtype: torch.dt
     return torch.cat([sines, cosines], dim=-1).to(dtype)
 
 
+@kept
 def rotation_frequencies(dim: int, base: float, end_point: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[dim / 2] radians per position.
 
@@ -59,23 +62,24 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | 
     Returns:
         [B, H, L, D] of x's type.
     """
-    sine, cosine = angles.sin()[:, None], angles.cos()[:, None]
-    if scale is not None:
-        sine, cosine = sine * scale[:, None], cosine * scale[:, None]
-    sine, cosine = sine.to(x.dtype), cosine.to(x.dtype)
     if rest := x.shape[-1] // 2 - angles.shape[-1]:
-        sine, cosine = nn.functional.pad(sine, (0, rest)), nn.functional.pad(cosine, (0, rest), value=1.0)
-    if interleaved:  # strided halves would take twice the time of whole rows
+        angles = nn.functional.pad(angles, (0, rest))
+        scale = None if scale is None else nn.functional.pad(scale, (0, rest), value=1.0)
+    if (
+        interleaved
+    ):  # x cos + swapped sin, the first of a pair by the negative angle; strided halves would take twice the time
+        angles = torch.stack([-angles, angles], dim=-1).flatten(-2)
+        scale = None if scale is None else scale.repeat_interleave(2, dim=-1)
+    sine, cosine = angles.sin(), angles.cos()
+    if scale is not None:
+        sine, cosine = sine * scale, cosine * scale
+    sine, cosine = sine.to(x.dtype)[:, None], cosine.to(x.dtype)[:, None]
+    if interleaved:
         swapped: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        rotated: Tensor = x * _interleave(cosine, cosine) + swapped * _interleave(-sine, sine)
+        rotated: Tensor = x * cosine + swapped * sine
         return rotated
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-
-
-def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """[..., D / 2] twice -> [..., D] in turns."""
-    return torch.stack([even, odd], dim=-1).flatten(-2)
 
 
 def xpos_scale(positions: Tensor, dim: int, scale_base: float, sign: int, dtype: torch.dtype) -> Tensor:

@@ -157,17 +157,19 @@ def chunkwise_scan(
 
 def decayed_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token; arguments as in `decayed_scan` with L = 1. In place on `state` when autograd is off."""
-    groups, rank = k.shape[1:3]
-    s = state.unflatten(1, (groups, -1))  # [B, G, P, E, F], a view
-    decay = log_decay.to(s.dtype).exp().unflatten(1, (groups, -1))[..., None]  # [., G, P, 1, 1]
-    q_r, k_r = (t.to(s.dtype)[:, :, None] for t in (q, k))  # [B, G, 1, R, E]
-    k_e, v_r = k_r.transpose(-1, -2), v.to(s.dtype).unflatten(1, (groups, -1))
+    rank, per_group, dtype = k.shape[2], state.shape[1] // k.shape[1], v.dtype
+    q, k, v = (t.to(state.dtype) for t in (q, k, v))
+    if per_group > 1:
+        q, k = (t.repeat_interleave(per_group, dim=1) for t in (q, k))
+    decay = log_decay.to(state.dtype).exp()[..., None]  # [., H, 1, 1]
     with torch.autocast(q.device.type, enabled=False):  # the State is written and read in its own precision
-        if rank > 1:
-            k_e, v_r = k_e @ v_r, torch.ones_like(decay)
-        s = torch.addcmul(decay * s, k_e, v_r) if torch.is_grad_enabled() else s.mul_(decay).addcmul_(k_e, v_r)
-        out = (q_r @ s).flatten(1, 2).to(v.dtype)
-    return out, s.flatten(1, 2) if torch.is_grad_enabled() else state
+        written = (k.transpose(-1, -2), v) if rank == 1 else (k.transpose(-1, -2) @ v, torch.ones_like(decay))
+        if torch.is_grad_enabled():
+            state = torch.addcmul(decay * state, *written)
+        else:
+            state.mul_(decay).addcmul_(*written)
+        out = q @ state
+    return out.to(dtype), state
 
 
 def decayed_scan_flops(
