@@ -110,6 +110,9 @@ class DataConfig(Section):
     test: Source | None = None
     source_language: str | None = None
     target_language: str | None = None
+    bleu_tokenizer: Literal["auto", "none", "13a", "intl", "zh", "char"] = Field(
+        "auto", description="sacrebleu's tokenizer; auto: by the target language; none: the text is tokenised already"
+    )
     lowercase: bool = False
     max_source_length: int = Field(256, ge=1, description="tokens of a text, without special ids")
     max_target_length: int = Field(256, ge=1, description="tokens of a text, without special ids")
@@ -193,6 +196,7 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     training: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
+    start_from: str | None = Field(None, description="a run whose architecture, tokenizer and weights this one takes")
     notes: dict[str, str] = Field(default_factory=dict, description="automatic choices and their reasons")
 
 

@@ -1,4 +1,4 @@
-"""`trilemma train CONFIG.yaml --out RUN [--resume] [section.key=value ...]`."""
+"""`trilemma train CONFIG.yaml --out RUN [--from RUN] [--resume] [section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ def command(
     config: Annotated[Path, typer.Argument(help="a YAML config, or with --resume a run", show_default=False)],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="the run's folder; default: runs/NAME")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="begin with this run's weights and tokenizer")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on after the last checkpoint")] = False,
     json: Json = False,
 ) -> None:
@@ -34,6 +37,8 @@ def command(
     else:
         chosen = load_config(config, overrides)
         folder = out or Path("runs") / chosen.name
+    if start_from is not None:
+        chosen = chosen.model_copy(update={"start_from": str(start_from)})
     run = train(chosen, out=folder, resume=resume)
     if json and is_first():
         print_json({"run": str(run.directory.path), **run.directory.read_summary()})

@@ -43,7 +43,8 @@ class SequenceModel(nn.Module, ABC):
         self.embedding = _embedding(config)
         self.stack = make_stack(config, self._role())
         self.output = self._output(config)
-        self.logit_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.logit_bias else None
+        over_vocabulary = config.logit_bias and config.num_labels is None
+        self.logit_bias = nn.Parameter(torch.zeros(config.vocab_size)) if over_vocabulary else None
 
     @abstractmethod
     def _role(self) -> str:

@@ -26,6 +26,7 @@ from trilemma.train.processes import Processes, is_first, started
 from trilemma.train.progress import Display, NoTracker, tracker
 from trilemma.train.randomness import derive
 from trilemma.train.signals import listening
+from trilemma.train.start import inherit, take_weights
 
 Data = Iterable[object] | Mapping[str, Iterable[object]]
 
@@ -68,6 +69,7 @@ def train(
     if exists and not resume:
         raise CheckpointError(f"{directory.path}: holds a run already; go on with --resume, or choose another --out")
     stored = RunDirectory.open(directory.path).read_config() if exists else None
+    config = _inherited(config, stored)
     before = config if stored is None else stored
     config = choose(config if stored is None else reconcile(config, stored))
     if data is not None:
@@ -104,6 +106,15 @@ def train(
     return load_run(directory.path)
 
 
+def _inherited(config: RunConfig, stored: RunConfig | None) -> RunConfig:
+    """`config` with what it takes from the run that it starts from, if any; a resumed one has that already."""
+    if stored is not None:
+        return config if stored.start_from is None else inherit(config, stored, str(stored.start_from))
+    if config.start_from is None:
+        return config
+    return inherit(config, RunDirectory.open(config.start_from).read_config(), config.start_from)
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What training works on, the same in every process."""
@@ -123,15 +134,23 @@ class _Prepared:
         say: Callable[[str], None],
     ) -> _Prepared:
         """Prepares data and model; `new`: also makes the run directory, which holds what all choices came to."""
-        tokenizer = None
+        tokenizer = start = None
         if not new:
             kept = RunDirectory.open(directory.path)
             tokenizer = Tokenizer.parse(kept.read_tokenizer(), str(kept.tokenizer_path))
             config = reconcile(config, kept.read_config())
+        if config.start_from is not None and directory.latest_checkpoint() is None:
+            start = load_run(config.start_from)
+            tokenizer = start.tokenizer
         dataset, tokenizer = prepare(config, tokenizer, data=data)
         config = dataset.resolved(config)
         torch.manual_seed(derive(config.seed, "init"))
         model = build_model(config.model)
+        if config.training.precision == "float64":
+            model = model.double()
+        if start is not None:
+            note = take_weights(model, config, start)
+            config = config.model_copy(update={"notes": {**config.notes, "start_from": note}})
         config = choose(config, model, say)
         if new:
             RunDirectory.create(directory.path, config, tokenizer.serialize().encode())
@@ -147,9 +166,7 @@ def _check_shares(config: RunConfig, processes: Processes) -> None:
 
 
 def _placed(model: SequenceModel, config: RunConfig, processes: Processes) -> SequenceModel:
-    """The model on its device, in its type, with rank 0's weights, compiled where that was chosen."""
-    if config.training.precision == "float64":
-        model = model.double()
+    """The model on its device, with rank 0's weights, compiled where that was chosen."""
     model = model.to(processes.device)
     processes.share(model.state_dict().values())
     if processes.device.type == "cpu":

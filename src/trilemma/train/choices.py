@@ -94,6 +94,8 @@ def reconcile(config: RunConfig, stored: RunConfig) -> RunConfig:
     for key in _AUTOMATIC:
         if wanted["training"][key] == "auto":
             wanted["training"][key] = kept["training"][key]
+    if wanted["start_from"] is None:
+        wanted["start_from"] = kept["start_from"]
     for section, keys in (("model", ("vocab_size", "num_labels")), ("data", ("labels",))):
         for key in keys:
             if wanted[section][key] is None:

@@ -39,7 +39,13 @@ def prepare_probe(
         for probe in found:
             if probe.symbols() != symbols:
                 raise ConfigError(f"data.{split}: another vocabulary than the first source of data.train has")
-    tokenizer = tokenizer or symbol_tokenizer(symbols)
+    own = symbol_tokenizer(symbols)
+    if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
+        raise ConfigError(
+            f"data.train: the probe has another vocabulary ({own.vocab_size} symbols, special ones counted) than the "
+            f"run's tokenizer ({tokenizer.vocab_size})"
+        )
+    tokenizer = own
     stores = {
         split: [
             _store(probe, split, source.size or DEFAULT_SIZES[split], root)
