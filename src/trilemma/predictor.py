@@ -8,6 +8,7 @@ predictor.score(["twenty-one"], ["einundzwanzig"])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,30 @@ import torch
 
 from trilemma.config import DecodingConfig, RunConfig, parse
 from trilemma.data import Tokenizer, prepare
-from trilemma.decode import BatchingReport, Prompts, Request, TooLong, check_decoding, compare_with_single, decode
-from trilemma.errors import CapabilityError, CheckpointError, ConfigError, DataError, LengthError, nearest
+from trilemma.decode import (
+    BatchingReport,
+    Prompts,
+    Request,
+    TooLong,
+    check_decoding,
+    compare_with_single,
+    decode,
+    length_penalty,
+)
+from trilemma.decode.hypothesis import NOT_A_NUMBER
+from trilemma.errors import (
+    CapabilityError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LengthError,
+    TrilemmaError,
+    nearest,
+)
 from trilemma.machine import choose_device
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.evaluation import Evaluation, score_model, score_texts
-from trilemma.measure.forced import forced_nats
+from trilemma.measure.forced import forced_token_nats
 from trilemma.measure.texts import file_texts, split_texts
 from trilemma.models import SequenceModel
 from trilemma.ops import backends
@@ -86,10 +105,20 @@ class Classified:
 
 @dataclass(frozen=True)
 class ForcedScore:
-    """Natural log-probability of a given text, end-of-sequence included, and the number of tokens that it counts."""
+    """What a model makes of a given text.
+
+    Attributes:
+        log_probability: natural, of the text and end-of-sequence.
+        tokens: how many that are, end-of-sequence counted.
+        score: log-probability over the length penalty, as of a generated text.
+        token_log_probabilities: of each token, in order; `pieces`: the tokens as text, "<eos>" last.
+    """
 
     log_probability: float
     tokens: int
+    score: float
+    token_log_probabilities: list[float]
+    pieces: list[str]
 
 
 def load(
@@ -287,17 +316,22 @@ class Predictor:
             Classified(names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True))) for row in probabilities
         ]
 
-    def score(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> list[ForcedScore]:
+    def score(
+        self, sources: Sequence[str], targets: Sequence[str] | None = None, first_line: int = 1, **decoding: Any
+    ) -> list[ForcedScore]:
         """Forced decoding: the log-probability of each target given its source.
 
         Args:
             sources: for a language model the texts to score, with no targets.
+            first_line: the number of the first one, for messages.
+            decoding: keys of the config's `decoding` section; `length_penalty` is read.
 
         Raises:
-            DataError: sides of unequal length. CapabilityError: an encoder-only run.
+            DataError: sides of unequal length. CapabilityError: a run that generates no text.
             LengthError: a text is longer than the model's positions; names the line.
         """
         self._prompts.require_generation()
+        settings = self.decoding(**decoding)
         if (targets is None) != self._prompts.is_language_model:
             wanted = "texts alone" if self._prompts.is_language_model else "sources and targets"
             raise DataError(f"a {self.config.data.task} run scores {wanted}")
@@ -307,15 +341,24 @@ class Predictor:
         wanted_texts = sources if targets is None else targets
         if self.config.data.lowercase:
             given, wanted_texts = [t.lower() for t in given], [t.lower() for t in wanted_texts]
-        contexts = [self._prompts.context(ids) for ids in self.tokenizer.encode_batch(given)]
-        ended = [[*ids, self.tokenizer.eos] for ids in self.tokenizer.encode_batch(wanted_texts)]
+        tokenizer = self.tokenizer
+        contexts = [self._prompts.context(ids) for ids in tokenizer.encode_batch(given)]
+        ended = [[*ids, tokenizer.eos] for ids in tokenizer.encode_batch(wanted_texts)]
         positions = self.config.model.max_length
-        for number, (context, target) in enumerate(zip(contexts, ended, strict=True), start=1):
+        for number, (context, target) in enumerate(zip(contexts, ended, strict=True), start=first_line):
             longest = max(len(context.prompt) + len(target) - 1, len(context.source or ()))
             if positions is not None and longest > positions:
                 raise LengthError(f"line {number}: {longest} tokens, more than model.max_length = {positions}")
-        nats = forced_nats(self.model, contexts, ended, pad=self.tokenizer.pad, device=self.device)
-        return [ForcedScore(-float(n), len(target)) for n, target in zip(nats, ended, strict=True)]
+        scores = []
+        nats = forced_token_nats(self.model, contexts, ended, pad=tokenizer.pad, device=self.device)
+        for target, values in zip(ended, nats, strict=True):
+            total = -float(values.sum())
+            if math.isnan(total):
+                raise TrilemmaError(NOT_A_NUMBER)
+            normalised = total / length_penalty(len(target), settings.length_penalty)
+            pieces = [*(tokenizer.decode([token]) for token in target[:-1]), "<eos>"]
+            scores.append(ForcedScore(total, len(target), normalised, (-values).tolist(), pieces))
+        return scores
 
     # Scores
 

@@ -33,6 +33,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("trilemma.cli.train", "one model from a YAML config, resumable at any step"),
     "evaluate": Verb("trilemma.cli.evaluate", "signed scores of a run: BLEU, chrF, accuracy, perplexity"),
     "generate": Verb("trilemma.cli.generate", "stdin to stdout, one line in, one line out"),
+    "score": Verb("trilemma.cli.score", "log-probabilities of given texts, whole and token by token"),
     "classify": Verb("trilemma.cli.classify", "labels and probabilities for lines of text"),
     "verify": Verb("trilemma.cli.verify", "the laws, on our mixers or on yours (--plugin)"),
     "bench": Verb("trilemma.cli.bench", "cost curves: prefill, time per token, state bytes against context"),

@@ -20,7 +20,6 @@ from trilemma.models import SequenceModel
 _LOGITS_PER_CHUNK = 1 << 22
 
 
-@torch.no_grad()
 def forced_nats(
     model: SequenceModel,
     contexts: Sequence[Request],
@@ -30,7 +29,25 @@ def forced_nats(
     device: torch.device | str | None = None,
     batch_tokens: int = 8192,
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of each target after its context, in nats.
+    """Negative log-likelihood of each target after its context, in nats: [texts].
+
+    Arguments are those of `forced_token_nats`, whose sums these are.
+    """
+    tokens = forced_token_nats(model, contexts, targets, pad=pad, device=device, batch_tokens=batch_tokens)
+    return np.array([nats.sum() for nats in tokens], dtype=np.float64)
+
+
+@torch.no_grad()
+def forced_token_nats(
+    model: SequenceModel,
+    contexts: Sequence[Request],
+    targets: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    device: torch.device | str | None = None,
+    batch_tokens: int = 8192,
+) -> list[NDArray[np.float64]]:
+    """Negative log-likelihood of each token of each target after its context and the tokens before, in nats.
 
     Args:
         contexts: what is given and not scored (`Prompts.context`): prompt, source and prefix are read.
@@ -38,13 +55,13 @@ def forced_nats(
         pad: token id. device: where inputs are put. batch_tokens: padded tokens of one batch.
 
     Returns:
-        [texts].
+        one array [tokens] a text.
     """
     rows = [
         Request([*context.prompt, *target[:-1]], 1, context.source, context.prefix, index)
         for index, (context, target) in enumerate(zip(contexts, targets, strict=True))
     ]
-    totals = np.zeros(len(rows))
+    results: list[NDArray[np.float64]] = [np.zeros(0)] * len(rows)
     for positions in plan_batches(rows, batch_tokens):
         batch = collate([rows[i] for i in positions], pad, device)
         hidden = model(
@@ -57,11 +74,12 @@ def forced_nats(
         length = batch.inputs.shape[1]
         starts = [row * length + len(contexts[i].prompt) - 1 for row, i in enumerate(positions)]
         where = np.concatenate([start + np.arange(len(targets[i])) for start, i in zip(starts, positions, strict=True)])
-        owners = np.repeat(np.arange(len(positions)), [len(targets[i]) for i in positions])
         labels = np.concatenate([np.asarray(targets[i], dtype=np.int64) for i in positions])
-        nats = _nats(model, hidden, torch.from_numpy(where), torch.from_numpy(labels))
-        totals[positions] = np.bincount(owners, weights=nats.numpy(), minlength=len(positions))
-    return totals
+        nats = _nats(model, hidden, torch.from_numpy(where), torch.from_numpy(labels)).numpy()
+        borders = np.cumsum([len(targets[i]) for i in positions])[:-1]
+        for i, part in zip(positions, np.split(nats, borders), strict=True):
+            results[i] = part
+    return results
 
 
 def _nats(model: SequenceModel, hidden: Tensor, where: Tensor, labels: Tensor) -> Tensor:
