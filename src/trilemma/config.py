@@ -50,9 +50,10 @@ class ModelConfig(Section):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_position: Literal["pre", "post"] = "pre"
     norm_epsilon: float = Field(1e-5, ge=0)
-    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    activation: Literal["relu", "gelu", "gelu-tanh", "silu", "swiglu", "geglu", "geglu-tanh"] = "relu"
+    feed_forward: bool = Field(True, description="layers have a feed-forward part; Mamba's have none")
     bias: bool = True
-    positions: Literal["none", "sinusoidal", "sinusoidal-t2t", "learned"] = "sinusoidal"
+    positions: Literal["none", "sinusoidal", "sinusoidal-t2t", "sinusoidal-halves", "learned"] = "sinusoidal"
     max_length: int | None = Field(None, ge=1, description="longest sequence that positions allow; needed by learned")
     embedding_scale: bool = Field(True, description="multiply embeddings by sqrt(d_model)")
     embedding_norm: bool = False
@@ -64,6 +65,9 @@ class ModelConfig(Section):
     prefix: bool = Field(False, description="decoder-only: the source part is read in both directions")
     num_labels: int | None = Field(None, ge=2, description="encoder-only: classes; None: a masked language model")
     pooling: Literal["first", "mean"] = "mean"
+    head_transform: bool = Field(
+        False, description="encoder-only: one more layer before the output, with tanh for a classifier (BERT)"
+    )
 
     @field_validator("mixer", "encoder_mixer", "cross_mixer")
     @classmethod

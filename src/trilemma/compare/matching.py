@@ -91,6 +91,8 @@ def _fit_width(config: ModelConfig, target: int) -> Match:
     low, high = (max(1, int(limit * config.d_model)) for limit in (_NARROWEST, _WIDEST))
     ends = [_measured(config, width, target) for width in (low, high)]
     span = ends[1].parameters - ends[0].parameters
+    if span == 0:  # no feed-forward layers: only depth can be fitted
+        return ends[0]
     exact = low + (target - ends[0].parameters) * (high - low) / span
     if not low <= exact <= high:
         return min(ends, key=lambda match: abs(match.off))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -35,6 +35,8 @@ _FOREIGN: tuple[tuple[str, ...], ...] = (
     ("<mask>", "[MASK]"),
 )
 _SENTENCEPIECE = "trilemma-sentencepiece"
+_BOUND = "trilemma-bound"
+ROLES = ("pad", "bos", "eos", "unk", "sep", "mask")
 
 
 class _Backend(Protocol):
@@ -93,6 +95,27 @@ class _SentencePiece:
         return json.dumps({"format": _SENTENCEPIECE, "version": 1, "lowercase": self.lowercase, "model": model})
 
 
+class _Bound:
+    """A tokenizer whose special ids and vocabulary size a model has fixed: it is left as it is, and nothing is added.
+
+    Ids from the tokenizer's own size up to `size` (the padding of an embedding table) stand for no text.
+    """
+
+    def __init__(self, inner: _Backend, special: Mapping[str, int], size: int) -> None:
+        self.inner, self.special, self.size = inner, dict(special), size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.inner.encode_batch(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode([index for index in ids if index < self.inner.size])
+
+    def serialize(self) -> str:
+        inner = json.loads(self.inner.serialize())
+        values = {"format": _BOUND, "version": 1, "special": self.special, "vocab_size": self.size}
+        return json.dumps({**values, "tokenizer": inner}, ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary with its six special ids; `vocab_size` counts all of them.
@@ -134,7 +157,7 @@ class Tokenizer:
         Raises:
             DataError: an id is outside the vocabulary.
         """
-        special = self.special_ids - {self.unk}
+        special = {self.pad, self.bos, self.eos, self.sep, self.mask}
         kept = [int(index) for index in ids if int(index) not in special]
         for index in kept:
             if not 0 <= index < self.vocab_size:
@@ -180,24 +203,72 @@ class Tokenizer:
             values = json.loads(content.decode("utf-8"))
         except ValueError as error:
             raise DataError(f"{where}: not a tokenizer.json: {error}") from None
+        if values.get("format") in (_SENTENCEPIECE, _BOUND) and values.get("version") != 1:
+            raise CheckpointError(f"{where}: version {values.get('version')} is newer than this trilemma; upgrade")
         if values.get("format") == _SENTENCEPIECE:
-            if values.get("version") != 1:
-                raise CheckpointError(f"{where}: version {values.get('version')} is newer than this trilemma; upgrade")
-            model = base64.b64decode(values["model"])
-            return _from_sentencepiece(_SentencePiece(model, bool(values["lowercase"]), where))
+            return _from_sentencepiece(_stored_sentencepiece(values, where))
+        if values.get("format") == _BOUND:
+            inner = json.dumps(values["tokenizer"]).encode()
+            return cls.bound(inner, where, values["special"], values["vocab_size"])
         try:
             return _from_tokenizers(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"{where}: not a tokenizer.json: {error}") from None
 
+    @classmethod
+    def bound(cls, content: bytes, where: str, special: Mapping[str, int], vocab_size: int) -> Tokenizer:
+        """A tokenizer used as it is, with special ids that a trained model fixed; several roles may share one id.
+
+        Args:
+            content, where: as for `parse`.
+            special: an id for each of ROLES.
+            vocab_size: the model's; it may be larger than the tokenizer.
+
+        Raises:
+            DataError: not a tokenizer, or one that does not match the vocabulary.
+        """
+        inner = _plain_backend(content, where)
+        if inner.size > vocab_size:
+            raise DataError(
+                f"{where}: the tokenizer does not match the vocabulary: it has {inner.size} entries, the model "
+                f"{vocab_size}; use the tokenizer that the model was trained with"
+            )
+        for role in ROLES:
+            if not 0 <= special[role] < vocab_size:
+                raise DataError(
+                    f"{where}: the tokenizer does not match the vocabulary: its {role} id {special[role]} is outside "
+                    f"the model's {vocab_size} entries"
+                )
+        return _finish(_Bound(inner, special, vocab_size), [special[role] for role in ROLES], vocab_size)
+
     def lowercased(self) -> Tokenizer:
         """The same vocabulary; text is lower-cased before it is encoded, wherever the tokenizer is used."""
+        if isinstance(self.backend, _Bound):
+            lowered = Tokenizer.parse(self.backend.inner.serialize().encode(), "tokenizer").lowercased()
+            return Tokenizer.bound(lowered.serialize().encode(), "tokenizer", self.backend.special, self.vocab_size)
         if isinstance(self.backend, _SentencePiece):
             return _from_sentencepiece(_SentencePiece(self.backend.model, True, "tokenizer"))
         copy = tokenizers.Tokenizer.from_str(self.serialize())
         lower = normalizers.Lowercase()
         copy.normalizer = lower if copy.normalizer is None else normalizers.Sequence([lower, copy.normalizer])
         return _from_tokenizers(copy)
+
+
+def _stored_sentencepiece(values: Mapping[str, Any], where: str) -> _SentencePiece:
+    return _SentencePiece(base64.b64decode(values["model"]), bool(values["lowercase"]), where)
+
+
+def _plain_backend(content: bytes, where: str) -> _Backend:
+    """A tokenizer.json (also ours of a SentencePiece model) or a SentencePiece model, with nothing added."""
+    if content.lstrip()[:1] != b"{":
+        return _SentencePiece(content, False, where)
+    try:
+        values = json.loads(content.decode("utf-8"))
+        if values.get("format") == _SENTENCEPIECE:
+            return _stored_sentencepiece(values, where)
+        return _HuggingFace(_settled(tokenizers.Tokenizer.from_str(content.decode("utf-8"))))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"{where}: not a tokenizer.json: {error}") from None
 
 
 def _check_text(text: object, number: int) -> None:

@@ -30,4 +30,6 @@ def build_model(config: ModelConfig | dict[str, Any]) -> SequenceModel:
         raise CapabilityError(f"model.prefix is for decoder-only models; the layout is {config.layout}")
     if config.num_labels is not None and config.layout != "encoder-only":
         raise CapabilityError(f"model.num_labels is for encoder-only models; the layout is {config.layout}")
+    if config.head_transform and config.layout != "encoder-only":
+        raise CapabilityError(f"model.head_transform is for encoder-only models; the layout is {config.layout}")
     return _LAYOUTS[config.layout](config)

@@ -16,6 +16,8 @@ from trilemma.errors import CapabilityError, ConfigError
 from trilemma.mixers.base import Mixer
 from trilemma.models.stack import Stack, make_stack
 from trilemma.nn.embedding import Embedding, PositionState
+from trilemma.nn.feedforward import activation_function
+from trilemma.nn.norms import make_norm
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.state import State, TupleState
 
@@ -286,8 +288,33 @@ class EncoderDecoder(SequenceModel):
         return encoder + self.stack.flops(length, 0, source_length) + self._head_flops(length)
 
 
+class HeadTransform(nn.Module):
+    """The layer that BERT has before its output (Devlin et al. 2019, arXiv 1810.04805).
+
+    A classifier's is tanh(W x + b), the pooler; a masked language model's is Norm(activation(W x + b)).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+        classifier = config.num_labels is not None
+        self.function = torch.tanh if classifier else activation_function(config.activation)
+        self.norm = None if classifier else make_norm(config.norm, config.d_model, config.norm_epsilon, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> the same shape."""
+        hidden: Tensor = self.function(self.dense(x))
+        return hidden if self.norm is None else self.norm(hidden)
+
+
 class EncoderOnly(SequenceModel):
     """A stack that reads in both directions: a masked language model, or with `num_labels` a classifier."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.head_transform = HeadTransform(config) if config.head_transform else None
 
     def _role(self) -> str:
         return "encoder"
@@ -302,6 +329,8 @@ class EncoderOnly(SequenceModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over labels [B, num_labels] for a classifier, else over the vocabulary."""
+        if self.head_transform is not None:
+            hidden = self.head_transform(hidden)
         if self.config.num_labels is None:
             return super().head(hidden)
         assert self.output is not None
@@ -341,9 +370,11 @@ class EncoderOnly(SequenceModel):
         raise CapabilityError("an encoder-only model cannot generate; choose layout decoder-only or encoder-decoder")
 
     def _head_flops(self, length: int) -> int:
+        width = self.config.d_model
+        transform = 2 * width * width if self.config.head_transform else 0
         if self.config.num_labels is None:
-            return super()._head_flops(length)
-        return 2 * self.config.d_model * self.config.num_labels
+            return super()._head_flops(length) + length * transform
+        return 2 * width * self.config.num_labels + transform
 
 
 def _embedding(config: ModelConfig) -> Embedding:

@@ -39,7 +39,7 @@ class SubLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: mixer, cross-attention in a decoder that has an encoder, feed-forward."""
+    """One layer: mixer, cross-attention in a decoder that has an encoder, feed-forward unless switched off."""
 
     def __init__(self, parts: list[Mixer | FeedForward], config: ModelConfig) -> None:
         super().__init__()
@@ -200,7 +200,8 @@ def make_stack(config: ModelConfig, role: str) -> Stack:
         parts: list[Mixer | FeedForward] = [mixer]
         if role == "cross":
             parts.append(_cross_mixer(config))
-        parts.append(FeedForward(config.d_model, config.d_ff or 4 * config.d_model, config.activation, config.bias))
+        if config.feed_forward:
+            parts.append(FeedForward(config.d_model, config.d_ff or 4 * config.d_model, config.activation, config.bias))
         blocks.append(Block(parts, config))
     return Stack(blocks, config)
 

@@ -43,7 +43,8 @@ class Embedding(nn.Module):
     Args:
         vocab_size: number of tokens.
         d_model: width.
-        positions: none, sinusoidal (the paper's layout), sinusoidal-t2t (tensor2tensor's) or learned.
+        positions: none, sinusoidal (the paper's layout), sinusoidal-t2t (tensor2tensor's), sinusoidal-halves (the
+            paper's angles, all sines before all cosines, as in Marian) or learned.
         max_length: longest sequence; needed by learned positions, a limit for the others if given.
         scale: multiplies the token vectors by sqrt(d_model) ("Attention Is All You Need", section 3.4).
         norm: layernorm over the sum (BERT), or None.
@@ -135,5 +136,8 @@ class Embedding(nn.Module):
         if self.learned is not None and self.max_length is not None:
             encoded: Tensor = self.learned(places.clamp(max=self.max_length - 1))  # only padding can lie beyond
             return encoded
-        layout = "paper" if self.positions == "sinusoidal" else "tensor2tensor"
-        return sinusoid(places, self.d_model, layout, dtype)
+        layout = "tensor2tensor" if self.positions == "sinusoidal-t2t" else "paper"
+        encoded = sinusoid(places, self.d_model, layout, dtype)
+        if self.positions == "sinusoidal-halves":
+            return encoded.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return encoded
