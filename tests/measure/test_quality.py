@@ -145,3 +145,13 @@ def test_json_is_plain() -> None:
     assert json.loads(text)[1]["low"] == pytest.approx(20.6549, abs=1e-3)
     assert "segments" not in text
     assert "bleu" in str(quality.bleu(HYPOTHESES, REFERENCES))
+
+
+def test_a_tokenizer_can_be_named() -> None:
+    """Tokenised text is scored over its own words."""
+    output, reference = ["so-called 3,5 % ."], ["so-called 3,5 % !"]
+    plain, default = quality.bleu(output, reference, "de", "none"), quality.bleu(output, reference, "de")
+    assert "tok:none" in plain.signature
+    assert "tok:13a" in default.signature
+    assert plain.segments is not None
+    assert plain.segments[0, :2].tolist() == [4, 4]  # words between spaces

@@ -176,6 +176,10 @@ def test_outputs_are_compared_with_references(tmp_path: Path) -> None:
     japanese = config.model_copy(update={"data": config.data.model_copy(update={"target_language": "th"})})
     notes = score_texts(model, dataset.tokenizer, japanese, ["a"], ["b"], metrics=["bleu"]).notes
     assert "BLEU is counted over characters: Thai is written without spaces between words" in notes
+    named = japanese.model_copy(update={"data": japanese.data.model_copy(update={"bleu_tokenizer": "none"})})
+    found = score_texts(model, dataset.tokenizer, named, ["a"], ["b"], metrics=["bleu"])
+    assert "tok:none" in found["bleu"].signature
+    assert not any("characters" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only"])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trilemma.config import DecodingConfig, RunConfig
+from trilemma.config import DataConfig, DecodingConfig, RunConfig
 from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
 from trilemma.decode import Prompts, Request, TooLong, decode
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
@@ -164,7 +164,7 @@ def score_texts(
     notes: list[str] = []
     if any(metric in OUTPUT_METRICS for metric in wanted):
         hypotheses, notes = _outputs(model, prompts, sources, decoding or config.decoding, split, device)
-        scores += _output_scores(hypotheses, targets, config.data.target_language, wanted, notes)
+        scores += _output_scores(hypotheses, targets, config.data, wanted, notes)
     if any(metric in LIKELIHOOD_METRICS for metric in wanted):
         source_ids, target_ids = tokenizer.encode_batch(sources), tokenizer.encode_batch(targets)
         contexts = [prompts.context(ids) for ids in source_ids]
@@ -210,12 +210,13 @@ def _outputs(
 
 
 def _output_scores(
-    hypotheses: list[str], references: Sequence[str], language: str | None, wanted: Sequence[str], notes: list[str]
+    hypotheses: list[str], references: Sequence[str], data: DataConfig, wanted: Sequence[str], notes: list[str]
 ) -> list[Score]:
     scores = []
     if "bleu" in wanted:
-        scores.append(quality.bleu(hypotheses, references, language))
-        if reason := quality.bleu_tokenizer(language).reason:
+        scores.append(quality.bleu(hypotheses, references, data.target_language, data.bleu_tokenizer))
+        reason = quality.bleu_tokenizer(data.target_language).reason
+        if data.bleu_tokenizer == "auto" and reason:
             notes.append(f"BLEU is counted over {reason}")
     if "chrf" in wanted:
         scores.append(quality.chrf(hypotheses, references))

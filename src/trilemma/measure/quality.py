@@ -105,12 +105,15 @@ def bleu_tokenizer(language: str | None) -> BleuTokenizer:
     return BleuTokenizer("13a")
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[str], language: str | None = None) -> Score:
+def bleu(
+    hypotheses: Sequence[str], references: Sequence[str], language: str | None = None, tokenizer: str = "auto"
+) -> Score:
     """Corpus BLEU by sacrebleu, one reference a line, 0 to 100.
 
     Args:
         hypotheses, references: detokenized text, line by line.
-        language: of the target; chooses the tokenizer (`bleu_tokenizer`).
+        language: of the target; chooses the tokenizer (`bleu_tokenizer`) where that is "auto".
+        tokenizer: sacrebleu's name of one; "none": the text is tokenised already, and words end at spaces.
 
     Returns:
         `segments` [size, 10]: hypothesis length, reference length, matches of order 1 to 4, n-grams of order 1 to 4.
@@ -119,7 +122,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], language: str | N
         DataError: nothing to score, or sides of unequal length.
     """
     size = _paired(hypotheses, references)
-    tokenizer = bleu_tokenizer(language).name
+    if tokenizer == "auto":
+        tokenizer = bleu_tokenizer(language).name
     # force: no warning where outputs look tokenized; effective_order: sentence_score asks for it, counts are the same
     metric = BLEU(tokenize=tokenizer, force=True)
     counter = BLEU(tokenize=tokenizer, force=True, effective_order=True)
