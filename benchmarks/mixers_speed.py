@@ -161,6 +161,66 @@ def transformers_gated_deltanet(size: Size) -> System:
     return System(layer, layer, step)
 
 
+def transformers_mamba(size: Size) -> System:
+    """Hugging Face's MambaMixer on its torch path, with its own cache."""
+    from transformers import DynamicCache, MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    config = MambaConfig(hidden_size=size.width, num_hidden_layers=1, use_mambapy=False)
+    layer = MambaMixer(config, layer_idx=0)
+
+    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
+        cache = DynamicCache(config=config)
+        layer(prompt, cache_params=cache)
+        return lambda x: layer(x, cache_params=cache)
+
+    return System(layer, layer, step)
+
+
+def transformers_kda(size: Size) -> System:
+    """Hugging Face's KimiLinearDeltaAttention on its torch path, with its own cache."""
+    from transformers import DynamicCache
+    from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    config = KimiLinearConfig(
+        hidden_size=size.width, num_hidden_layers=1, linear_num_heads=size.heads,
+        linear_head_dim=size.width // size.heads, layer_types=["linear_attention"],
+    )  # fmt: skip
+    layer = KimiLinearDeltaAttention(config, 0)
+    for parameter in (layer.forget_gate.A_log, layer.forget_gate.dt_bias):  # left empty without its whole model
+        nn.init.normal_(parameter, std=0.02)
+
+    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
+        cache = DynamicCache(config=config)
+        layer(prompt, past_key_values=cache)
+        return lambda x: layer(x, past_key_values=cache)
+
+    return System(layer, layer, step)
+
+
+def transformers_rglru(size: Size) -> System:
+    """Hugging Face's RecurrentGemmaRecurrentBlock, which keeps its own State."""
+    from transformers import RecurrentGemmaConfig
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
+
+    config = RecurrentGemmaConfig(hidden_size=size.width, lru_width=size.width, num_attention_heads=size.heads)
+    layer = RecurrentGemmaRecurrentBlock(config, layer_idx=0)
+    for parameter in layer.rg_lru.parameters():  # left empty without its whole model
+        nn.init.normal_(parameter, std=0.02)
+
+    def run(x: Tensor, first: int, use_cache: bool) -> Tensor:
+        positions = torch.arange(first, first + x.shape[1]).expand(len(x), -1)
+        y: Tensor = layer(x, positions, None, use_cache=use_cache)[0]
+        return y
+
+    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
+        run(prompt, 0, True)
+        return lambda x: run(x, prompt.shape[1], True)
+
+    return System(layer, lambda x: run(x, 0, False), step)
+
+
 # name -> options of ours, and the peer (None: only the growth is measured)
 CASES: dict[str, tuple[dict[str, Any], Callable[[Size], System] | None]] = {
     "retention": ({"name": "retention"}, torchscale_retention),
@@ -168,13 +228,13 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Size], System] | None]] = {
     "mamba2": ({"name": "mamba2"}, transformers_mamba2),
     "gated_deltanet": ({"name": "gated_deltanet"}, transformers_gated_deltanet),
     "deltanet": ({"name": "deltanet"}, None),
-    "mamba": ({"name": "mamba"}, None),
+    "mamba": ({"name": "mamba"}, transformers_mamba),
     "gla": ({"name": "gla"}, None),
-    "kda": ({"name": "kda"}, None),
+    "kda": ({"name": "kda"}, transformers_kda),
     "gdn2": ({"name": "gdn2"}, None),
     "rwkv7": ({"name": "rwkv7"}, None),
     "mlstm": ({"name": "mlstm"}, None),
-    "rglru": ({"name": "rglru"}, None),
+    "rglru": ({"name": "rglru"}, transformers_rglru),
     "mamba3": ({"name": "mamba3"}, None),
     "mamba3_mimo": ({"name": "mamba3", "mimo_rank": 4}, None),
 }
