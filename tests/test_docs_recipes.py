@@ -8,6 +8,7 @@ import pytest
 
 from trilemma.compare.expand import expand
 from trilemma.compare.matching import skeleton
+from trilemma.compare.tasks import check_tasks, task_study
 from trilemma.config import RunConfig, load_config, load_study, read_yaml
 from trilemma.data.dataset import check_layout
 from trilemma.train.choices import choose
@@ -19,7 +20,10 @@ NEWCOMERS = {"copy.yaml", "translation.yaml", "language-model.yaml", "classifica
 def configs(recipe: Path) -> list[RunConfig]:
     """The run configurations that a recipe stands for; a study's, matched and budgeted."""
     if "candidates" in read_yaml(recipe):
-        return [variant.config for variant in expand(load_study(recipe)).variants]
+        study = load_study(recipe)
+        check_tasks(study)
+        studies = [task_study(study, task) for task in study.tasks] or [study]
+        return [variant.config for one in studies for variant in expand(one).variants]
     return [load_config(recipe)]
 
 
