@@ -1,0 +1,1 @@
+"""Models in and out: the formats that people already use."""

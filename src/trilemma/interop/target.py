@@ -1,0 +1,69 @@
+"""What all targets of `trilemma export` share: their options, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from trilemma.errors import BackendError, ConfigError
+from trilemma.runs import files
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may ask of a target; each target reads its own.
+
+    Attributes:
+        rows: sequences that a program reads at once; None: any number.
+        context: tokens that a growing State has room for; None: from the run's data.
+        source_length: tokens that the encoder's program reads, padding included; None: from the run's data.
+        quantization: of the weights; None: float32.
+    """
+
+    rows: int | None = None
+    context: int | None = None
+    source_length: int | None = None
+    quantization: str | None = None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into; it is renamed to `path` when all has gone well, and removed otherwise.
+
+    Raises:
+        ConfigError: `path` exists.
+        CheckpointError: the folder cannot be made.
+    """
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"{path}: exists already; nothing is overwritten: choose another --out, or remove it")
+    draft = files.partial(path)
+    if files.is_folder(draft):
+        files.remove_tree(draft)
+    files.make_folder(draft)
+    try:
+        yield draft
+        files.sync_folder(draft)
+        files.rename(draft, path)
+        files.sync_folder(path.parent)
+    except BaseException:
+        files.remove_tree(draft)
+        raise
+
+
+def optional_package(name: str, target: str, install: str) -> ModuleType:
+    """An optional package.
+
+    Args:
+        name: to import. target: what needs it. install: what pip is given.
+
+    Raises:
+        BackendError: it is not installed, or does not load here; names the pip line.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendError(f"--to {target} needs the package {name} ({error}); pip install {install}") from None
