@@ -35,9 +35,11 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("trilemma.cli.generate", "stdin to stdout, one line in, one line out"),
     "score": Verb("trilemma.cli.score", "log-probabilities of given texts, whole and token by token"),
     "classify": Verb("trilemma.cli.classify", "labels and probabilities for lines of text"),
+    "embed": Verb("trilemma.cli.embed", "a vector for each line of text, as JSON lines"),
     "verify": Verb("trilemma.cli.verify", "the laws, on our mixers or on yours (--plugin)"),
     "bench": Verb("trilemma.cli.bench", "cost curves: prefill, time per token, state bytes against context"),
     "show": Verb("trilemma.cli.show", "what its layers look at: attention maps, alignments, mixing matrices"),
+    "import": Verb("trilemma.cli.import_", "a model in the Hugging Face layout becomes a run"),
     "data": Verb("trilemma.cli.data", "data check: encoding, alignment, duplicates, overlap, lengths"),
     "doctor": Verb("trilemma.cli.doctor", "what this machine offers, what will be used, and why"),
 }

@@ -25,18 +25,18 @@ from trilemma.errors import CheckpointError, ConfigError, DataError
 PAD, BOS, EOS, UNK, SEP, MASK = range(6)
 SPECIALS = ("< pad >", "< bos >", "< eos >", "< unk >", "< sep >", "< mask >")
 
+ROLES = ("pad", "bos", "eos", "unk", "sep", "mask")
 # Names by which tokenizers of others call the same six, in the order of preference.
-_FOREIGN: tuple[tuple[str, ...], ...] = (
-    ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
-    ("<s>", "<bos>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>", "<|bos|>"),
-    ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|eos|>", "<|endoftext|>"),
-    ("<unk>", "[UNK]", "<|unk|>"),
-    ("<sep>", "[SEP]"),
-    ("<mask>", "[MASK]"),
-)
+FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
+    "bos": ("<s>", "<bos>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>", "<|bos|>"),
+    "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|eos|>", "<|endoftext|>"),
+    "unk": ("<unk>", "[UNK]", "<|unk|>"),
+    "sep": ("<sep>", "[SEP]"),
+    "mask": ("<mask>", "[MASK]"),
+}
 _SENTENCEPIECE = "trilemma-sentencepiece"
 _BOUND = "trilemma-bound"
-ROLES = ("pad", "bos", "eos", "unk", "sep", "mask")
 
 
 class _Backend(Protocol):
@@ -290,7 +290,7 @@ def _from_tokenizers(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
     """Finds the six special ids by name; those that are missing are added at the end of the vocabulary."""
     names = []
     taken: set[str] = set()
-    for own, foreign in zip(SPECIALS, _FOREIGN, strict=True):
+    for own, foreign in zip(SPECIALS, FOREIGN_NAMES.values(), strict=True):
         found = [name for name in (own, *foreign) if tokenizer.token_to_id(name) is not None and name not in taken]
         names.append(found[0] if found else own)
         taken.add(names[-1])
@@ -318,7 +318,7 @@ def _from_sentencepiece(backend: _SentencePiece) -> Tokenizer:
     processor = backend.processor
     own = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id(), -1, -1]
     for position in (SEP, MASK):
-        for name in _FOREIGN[position]:
+        for name in FOREIGN_NAMES[ROLES[position]]:
             index = processor.piece_to_id(name)
             if own[position] < 0 and index != processor.unk_id():
                 own[position] = index

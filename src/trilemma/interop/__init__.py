@@ -1,1 +1,5 @@
-"""Models in and out: the formats that people already use."""
+"""Models of other libraries, in and out: Hugging Face directories and exports."""
+
+from trilemma.interop.importing import import_model
+
+__all__ = ["import_model"]

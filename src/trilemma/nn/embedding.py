@@ -139,5 +139,5 @@ class Embedding(nn.Module):
         layout = "tensor2tensor" if self.positions == "sinusoidal-t2t" else "paper"
         encoded = sinusoid(places, self.d_model, layout, dtype)
         if self.positions == "sinusoidal-halves":
-            return encoded.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            encoded = encoded.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return encoded

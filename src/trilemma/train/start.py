@@ -18,7 +18,7 @@ from trilemma.runs.tensors import model_tensors
 
 # Of the model's section a run may choose these anew: they are no weights, or belong to the head, which is its task's.
 _FREE = {"dropout", "pooling", "num_labels"}
-_HEADS = ("output.", "logit_bias")
+_HEADS = ("output.", "logit_bias", "head_transform.")
 
 
 def inherit(config: RunConfig, parent: RunConfig, where: str) -> RunConfig:

@@ -1,0 +1,98 @@
+"""What a family of models declares: how its config.json and its weights correspond to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trilemma.config import ModelConfig, RunConfig
+from trilemma.errors import CapabilityError
+from trilemma.interop.keys import Keys
+from trilemma.interop.weights import Rule
+from trilemma.models import SequenceModel
+
+Task = Literal["seq2seq", "language-model", "classification", "masked-language-model"]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a config.json comes to.
+
+    Attributes:
+        model: the architecture.
+        task: what the run will be for.
+        rules: the map of weights.
+        prefix, endings: as for `Renamed`.
+        labels: class names of a classifier.
+        notes: what the user should know.
+    """
+
+    model: ModelConfig
+    task: Task
+    rules: list[Rule]
+    prefix: str = ""
+    endings: Mapping[str, str] = field(default_factory=dict)
+    labels: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of architectures.
+
+    Attributes:
+        name: of the family.
+        model_types: values of `model_type` in config.json that it reads.
+        read: a config.json to a blueprint; refuses by name what cannot be honoured.
+        write: a model of ours to the config.json that describes it; `CapabilityError` names the setting that the family
+            lacks. `read` of it gives the same architecture.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    read: Callable[[Keys], Blueprint]
+    write: Callable[[SequenceModel, RunConfig], dict[str, Any]]
+
+
+# Names of activations in config.json files.
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu_fast": "gelu-tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+GATED_ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_new": "geglu-tanh",
+    "gelu_pytorch_tanh": "geglu-tanh",
+}
+
+
+def named(choices: Mapping[str, str], ours: str, family: str) -> str:
+    """The name that a choice of ours has there; the first that means it.
+
+    Raises:
+        CapabilityError: the family has no such choice.
+    """
+    for theirs, meaning in choices.items():
+        if meaning == ours:
+            return theirs
+    raise CapabilityError(f"{family}: there is no {ours}; it has {', '.join(dict.fromkeys(choices.values()))}")
+
+
+def require(config: ModelConfig, family: str, **wanted: object) -> None:
+    """Refuses a model of ours whose settings the family lacks.
+
+    Raises:
+        CapabilityError: names the first setting that does not fit, its value and what is needed.
+    """
+    for name, value in wanted.items():
+        found = getattr(config, name)
+        if found != value:
+            raise CapabilityError(f"{family}: model.{name} is {found!r}, needed {value!r}")

@@ -1,0 +1,177 @@
+"""Llama and the decoders built like it: Mistral, Qwen2, Qwen3 (RMSNorm, rotations in halves, grouped keys, SwiGLU)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trilemma.config import MixerSpec, ModelConfig, RunConfig
+from trilemma.errors import CapabilityError, ConfigError
+from trilemma.interop.families.base import GATED_ACTIVATIONS, Blueprint, Family, named, require
+from trilemma.interop.keys import Keys
+from trilemma.interop.weights import LeftOut, Rule, Weight, Zeros
+from trilemma.mixers.attention import Attention
+from trilemma.models import SequenceModel
+
+# Our per-head norms add this; other values of theirs cannot be honoured together with query and key norms.
+_QK_EPSILON = 1e-6
+
+
+def _read(keys: Keys) -> Blueprint:
+    kind = keys.need("model_type", str)
+    d_model, layers = keys.take("hidden_size", 4096), keys.take("num_hidden_layers", 32)
+    heads = keys.take("num_attention_heads", 32)
+    kv_heads = keys.take("num_key_value_heads", 8 if kind == "mistral" else 32 if kind.startswith("qwen") else heads)
+    default_head = 128 if kind == "qwen3" else d_model // heads
+    head_dim = keys.take("head_dim", default_head)
+    qk_norm = kind == "qwen3"
+    bias = kind == "qwen2" or (kind != "mistral" and keys.take("attention_bias", False))
+    epsilon = keys.take("rms_norm_eps", 1e-6)
+    if qk_norm and epsilon != _QK_EPSILON:
+        raise ConfigError(f"{keys.where}: rms_norm_eps is {epsilon}; with query and key norms only 1e-06 is honoured")
+    base = _rotary_base(keys)
+    common: dict[str, Any] = {
+        "name": "attention",
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "position": "rotary",
+        "rotary_base": base,
+        "rotary_interleaved": False,
+        "qk_norm": qk_norm,
+        "bias": bias,
+    }
+    windows = _windows(keys, kind, layers)
+    mixers: list[MixerSpec] = [{**common, "window": window} for window in windows]
+    model = ModelConfig(
+        layout="decoder-only",
+        vocab_size=keys.take("vocab_size", 151936 if kind.startswith("qwen") else 32000),
+        d_model=d_model,
+        d_ff=keys.take("intermediate_size", {"llama": 11008, "mistral": 14336}.get(kind, 22016)),
+        num_layers=layers,
+        num_heads=heads,
+        mixer=mixers[0] if len(set(windows)) == 1 else mixers,
+        norm="rmsnorm",
+        norm_epsilon=epsilon,
+        activation=keys.choose("hidden_act", GATED_ACTIVATIONS, "silu"),
+        bias=keys.take("mlp_bias", False) if kind == "llama" else False,
+        positions="none",
+        max_length=keys.take("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
+        embedding_scale=False,
+        tie_embeddings=keys.take("tie_word_embeddings", False),
+        dropout=0.0,
+    )
+    return Blueprint(model, "language-model", _rules(model, head_dim, kv_heads, bias, kind), prefix="model.")
+
+
+def _rotary_base(keys: Keys) -> float:
+    """From `rope_parameters`, or from the older `rope_theta` beside `rope_scaling`."""
+    keys.only("partial_rotary_factor", 1.0, None)
+    parameters: dict[str, Any] = dict(keys.take("rope_parameters", {}))
+    scaling: dict[str, Any] = dict(keys.take("rope_scaling", {}))
+    theta = float(parameters.pop("rope_theta", keys.take("rope_theta", 10000.0)))
+    for name, found in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        kind = found.get("rope_type", found.get("type", "default"))
+        partial = found.get("partial_rotary_factor", 1.0)
+        if kind != "default" or partial != 1.0:
+            shown = f"partial_rotary_factor {partial}" if kind == "default" else f'rope_type "{kind}"'
+            raise ConfigError(f"{keys.where}: {name}: {shown} cannot be honoured; only whole, unscaled rotations can")
+    return theta
+
+
+def _windows(keys: Keys, kind: str, layers: int) -> list[int | None]:
+    """The sliding window of each layer."""
+    window = keys.maybe("sliding_window", int) if kind != "llama" else None
+    types = keys.maybe("layer_types", list)
+    if kind.startswith("qwen"):
+        sliding, first = keys.take("use_sliding_window", False), keys.take("max_window_layers", 28)
+        window = (window or 4096) if sliding else None
+        if types is None:
+            types = ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(layers)]
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * layers
+    unknown = set(types) - {"full_attention", "sliding_attention"}
+    if unknown or len(types) != layers:
+        shown = f'"{min(unknown)}"' if unknown else f"{len(types)} entries for {layers} layers"
+        raise ConfigError(f"{keys.where}: layer_types: {shown} cannot be honoured")
+    return [window if kind_of == "sliding_attention" else None for kind_of in types]
+
+
+def _rules(model: ModelConfig, head_dim: int, kv_heads: int, bias: bool, kind: str) -> list[Rule]:
+    heads, width = (model.num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), model.d_ff or 0
+    tied = ("lm_head.weight",) if model.tie_embeddings else ()
+    rules: list[Rule] = [
+        Weight("embedding.tokens.weight", "model.embed_tokens.weight", aliases=tied),
+        Weight("stack.norm.weight", "model.norm.weight"),
+        LeftOut(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed"),
+    ]
+    if not model.tie_embeddings:
+        rules.append(Weight("output.weight", "lm_head.weight"))
+    for i in range(model.num_layers):
+        ours, theirs = f"stack.blocks.{i}.parts", f"model.layers.{i}"
+        attention, feed = f"{ours}.0.part", f"{ours}.1.part"
+        projections = ("q_proj", "k_proj", "v_proj")
+        rules += [
+            Weight(f"{ours}.0.norm.weight", f"{theirs}.input_layernorm.weight"),
+            Weight(f"{ours}.1.norm.weight", f"{theirs}.post_attention_layernorm.weight"),
+        ]
+        for end in ("weight", "bias") if bias else ("weight",):
+            names = tuple(f"{theirs}.self_attn.{name}.{end}" for name in projections)
+            rules.append(Weight(f"{attention}.qkv.{end}", names, sizes=heads))
+        rules.append(Weight(f"{attention}.out.weight", f"{theirs}.self_attn.o_proj.weight"))
+        if bias:
+            o_bias = f"{attention}.out.bias"
+            rules.append(Zeros(o_bias) if kind == "qwen2" else Weight(o_bias, f"{theirs}.self_attn.o_proj.bias"))
+        if kind == "qwen3":
+            rules.append(Weight(f"{attention}.query_norm.weight", f"{theirs}.self_attn.q_norm.weight"))
+            rules.append(Weight(f"{attention}.key_norm.weight", f"{theirs}.self_attn.k_norm.weight"))
+        for end in ("weight", "bias") if model.bias else ("weight",):
+            names = (f"{theirs}.mlp.gate_proj.{end}", f"{theirs}.mlp.up_proj.{end}")
+            rules.append(Weight(f"{feed}.up.{end}", names, sizes=(width, width)))
+            rules.append(Weight(f"{feed}.down.{end}", f"{theirs}.mlp.down_proj.{end}"))
+    return rules
+
+
+def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
+    config, family = model.config, "llama"
+    require(config, family, layout="decoder-only", norm="rmsnorm", norm_position="pre", positions="none")
+    require(config, family, embedding_scale=False, embedding_norm=False, logit_bias=False, prefix=False, token_types=0)
+    require(config, family, feed_forward=True)
+    mixers = [mixer for mixer in model.mixers() if isinstance(mixer, Attention)]
+    if len(mixers) < config.num_layers:
+        raise CapabilityError(f"{family}: every mixer must be attention")
+    first = mixers[0]
+    for mixer in mixers:
+        if mixer.position != "rotary" or mixer.rotary_interleaved or mixer.scale is not None:
+            raise CapabilityError(
+                f"{family}: attention needs position rotary with rotary_interleaved false, and no scale of its own"
+            )
+    windows = [mixer.window for mixer in mixers]
+    bias, qk_norm = first.qkv.bias is not None, first.query_norm is not None
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff or 4 * config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": first.num_heads,
+        "num_key_value_heads": first.num_kv_heads,
+        "head_dim": first.head_dim,
+        "hidden_act": named(GATED_ACTIVATIONS, config.activation, family),
+        "max_position_embeddings": config.max_length or run.data.context_length,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": first.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": first.rotary_base},
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    if qk_norm:
+        types = ["sliding_attention" if window else "full_attention" for window in windows]
+        kind, more = "qwen3", {"attention_bias": bias, "layer_types": types}
+        if any(windows):
+            more |= {"use_sliding_window": True, "sliding_window": max(filter(None, windows)), "max_window_layers": 0}
+    elif any(windows):
+        kind, more = "mistral", {"sliding_window": windows[0]}
+    else:
+        kind, more = "llama", {"attention_bias": bias, "mlp_bias": config.bias}
+    architecture = {"qwen3": "Qwen3", "mistral": "Mistral", "llama": "Llama"}[kind]
+    return {"model_type": kind, "architectures": [f"{architecture}ForCausalLM"], **values, **more}
+
+
+LLAMA = Family("llama", ("llama", "mistral", "qwen2", "qwen3"), _read, _write)

@@ -1,0 +1,145 @@
+"""The tokenizer of a model directory, and which of its ids are the special ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from trilemma.config import ModelConfig
+from trilemma.data.tokenizer import FOREIGN_NAMES, ROLES, Tokenizer
+from trilemma.errors import CheckpointError, ConfigError
+from trilemma.runs import files
+
+_SENTENCEPIECE = ("spiece.model", "tokenizer.model")
+_SMALL = 1 << 30
+# An encoder's rows begin and end with these.
+_ENCODER_ROLES = {"bos": "cls", "eos": "sep"}
+_NAMES = {**FOREIGN_NAMES, "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "<sep>", "</s>")}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file.
+
+    Raises:
+        CheckpointError: not a JSON object.
+    """
+    if files.file_size(path) is None:
+        return {}
+    try:
+        values = json.loads(files.read_file(path, _SMALL))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a JSON object is needed")
+    return values
+
+
+def read_tokenizer(directory: Path, config: Mapping[str, Any], model: ModelConfig) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer, bound to the model's special ids and vocabulary size, and notes on how they were found.
+
+    Ids come from generation_config.json, config.json, or the names in special_tokens_map.json and
+    tokenizer_config.json; last, from the usual names. Without an id of their own, padding and beginning are
+    end-of-sequence, a decoder's beginning is padding, and so are roles that the vocabulary lacks.
+
+    Raises:
+        CheckpointError: no tokenizer. DataError: it does not match the vocabulary.
+    """
+    path = _tokenizer_path(directory)
+    content = files.read_file(path, _SMALL)
+    assert model.vocab_size is not None
+    found = _Ids(directory, config, _lookup(content, path))
+    eos, notes = found.end(model)
+    ids = {"eos": eos}
+    pad = found.of("pad")
+    ids["pad"] = eos if pad is None else pad
+    if model.layout == "encoder-decoder":
+        start = found.of("decoder_start")
+        ids["bos"] = ids["pad"] if start is None else start
+    else:
+        bos = found.of(_role("bos", model))
+        ids["bos"] = eos if bos is None else bos
+    for role in ("unk", "sep", "mask"):
+        own = found.of(role)
+        ids[role] = ids["pad"] if own is None else own
+    notes.append("special ids: " + ", ".join(f"{role} {ids[role]}" for role in ROLES))
+    return Tokenizer.bound(content, str(path), ids, model.vocab_size), notes
+
+
+def _role(role: str, model: ModelConfig) -> str:
+    return _ENCODER_ROLES.get(role, role) if model.layout == "encoder-only" else role
+
+
+def _tokenizer_path(directory: Path) -> Path:
+    for name in ("tokenizer.json", *_SENTENCEPIECE):
+        if files.file_size(directory / name) is not None:
+            return directory / name
+    raise CheckpointError(
+        f"{directory}: no tokenizer: tokenizer.json, or SentencePiece's {' or '.join(_SENTENCEPIECE)}, is needed. "
+        "transformers writes the first: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def _lookup(content: bytes, path: Path) -> Callable[[str], int | None]:
+    """From a token to its id, None where the vocabulary lacks it."""
+    plain = Tokenizer.parse(content, str(path))  # names what is wrong with the file
+    if path.name == "tokenizer.json":
+        found: Callable[[str], int | None] = tokenizers.Tokenizer.from_str(content.decode("utf-8")).token_to_id
+        return found
+    held = {role: getattr(plain, role) for role in ROLES}
+    return {name: held[role] for role in ROLES for name in FOREIGN_NAMES[role] if held[role] < plain.backend.size}.get
+
+
+class _Ids:
+    """Where the special ids of a directory are told."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], lookup: Callable[[str], int | None]) -> None:
+        self.generation = read_json(directory / "generation_config.json")
+        self.config, self.lookup = config, lookup
+        self.names = {
+            **read_json(directory / "tokenizer_config.json"),
+            **read_json(directory / "special_tokens_map.json"),
+        }
+        self.where = directory
+
+    def numbers(self, role: str) -> list[int]:
+        """Ids that the configs give, first those of generation."""
+        for values in (self.generation, self.config):
+            found = values.get(f"{role}_token_id")
+            if isinstance(found, int) and not isinstance(found, bool):
+                return [found]
+            if isinstance(found, list) and found and all(isinstance(item, int) for item in found):
+                return found
+        return []
+
+    def by_name(self, role: str) -> int | None:
+        """The id of the token that the tokenizer's files name for the role, or that usually has it."""
+        name = self.names.get(f"{role}_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        for candidate in (name, *_NAMES.get(role, ())):
+            found = self.lookup(candidate) if isinstance(candidate, str) else None
+            if found is not None:
+                return found
+        return None
+
+    def of(self, role: str) -> int | None:
+        """The id of a role, or None."""
+        numbers = self.numbers(role)
+        return numbers[0] if numbers else self.by_name(role)
+
+    def end(self, model: ModelConfig) -> tuple[int, list[str]]:
+        """End-of-sequence; of several, the tokenizer's own."""
+        role = _role("eos", model)
+        numbers = self.numbers(role)
+        own = self.by_name(role)
+        if len(numbers) > 1:
+            chosen = own if own in numbers else numbers[0]
+            others = [number for number in numbers if number != chosen]
+            return chosen, [f"outputs end with id {chosen} alone; the checkpoint also ends them with {others}"]
+        chosen_or_none = numbers[0] if numbers else own
+        if chosen_or_none is None:
+            raise ConfigError(f"{self.where}: no {role}_token_id in config.json and no such name in the tokenizer")
+        return chosen_or_none, []
