@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from trilemma.config import DecodingConfig, RunConfig, parse
@@ -32,7 +31,6 @@ from trilemma.decode import (
 from trilemma.decode.hypothesis import NOT_A_NUMBER
 from trilemma.errors import (
     CapabilityError,
-    CheckpointError,
     ConfigError,
     DataError,
     LengthError,
@@ -40,12 +38,12 @@ from trilemma.errors import (
     nearest,
 )
 from trilemma.machine import choose_device
-from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.evaluation import Evaluation, score_model, score_texts
 from trilemma.measure.forced import forced_token_nats
+from trilemma.measure.reading import Classified as Classified
+from trilemma.measure.reading import Reader
 from trilemma.measure.texts import file_texts, split_texts
 from trilemma.models import SequenceModel
-from trilemma.ops import backends
 from trilemma.runs import RunDirectory
 from trilemma.runs.load import load_run
 
@@ -96,14 +94,6 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Classified:
-    """A label with the probabilities of all classes, in the order of their ids."""
-
-    label: str
-    probabilities: dict[str, float]
-
-
-@dataclass(frozen=True)
 class ForcedScore:
     """What a model makes of a given text.
 
@@ -145,16 +135,17 @@ def load(
         dtype = _DTYPES[dtype]
     chosen, _ = choose_device(device)
     run = load_run(path, chosen, dtype, checkpoint)
-    return Predictor(run.model, run.tokenizer, run.config, device=chosen, directory=run.directory)
+    temperature = run.directory.read_temperature() if checkpoint == "published" else None
+    return Predictor(run.model, run.tokenizer, run.config, chosen, run.directory, temperature)
 
 
-class Predictor:
-    """A model with its tokenizer: text in, text, labels or probabilities out.
+class Predictor(Reader):
+    """A model with its tokenizer: text in, text, labels, vectors or probabilities out.
 
     Args:
         model: in evaluation mode, on `device`.
         tokenizer, config: the run's; `config` resolved.
-        directory: the run directory, where there is one.
+        directory, temperature: see `Reader`.
     """
 
     def __init__(
@@ -164,20 +155,10 @@ class Predictor:
         config: RunConfig,
         device: str = "cpu",
         directory: RunDirectory | None = None,
+        temperature: float | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.device, self.directory = device, directory
+        super().__init__(model, tokenizer, config, device, directory, temperature)
         self._prompts = Prompts(tokenizer, config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights."""
-        return next(self.model.parameters()).dtype
-
-    @property
-    def path(self) -> str:
-        """How the model is executed: form, device and type, such as "plain/cpu/float32"."""
-        return f"{backends.path()}/{torch.device(self.device).type}/{str(self.dtype).removeprefix('torch.')}"
 
     # Generation
 
@@ -288,33 +269,7 @@ class Predictor:
             raise LengthError(_too_long(request) + _MEND)
         return request
 
-    # Classification and forced decoding
-
-    def classify(self, lines: Sequence[str], first_line: int = 1) -> list[Classified]:
-        """The likeliest label and all probabilities for each line.
-
-        Args:
-            lines: any number of texts. first_line: the number of the first one, for messages.
-
-        Raises:
-            CapabilityError: the run is no classifier.
-            LengthError: a line is longer than the model allows; names the line.
-        """
-        names = self.config.data.labels
-        if self.config.data.task != "classification" or names is None:
-            raise CapabilityError(f"this run's task is {self.config.data.task}, not classification")
-        texts = [line.lower() for line in lines] if self.config.data.lowercase else list(lines)
-        rows = self.tokenizer.encode_batch(texts)
-        limit, key = self.config.data.max_source_length, "data.max_source_length"
-        if self.config.model.max_length is not None and self.config.model.max_length - 2 < limit:
-            limit, key = self.config.model.max_length - 2, "model.max_length less two"
-        for index, row in enumerate(rows):
-            if len(row) > limit:
-                raise LengthError(f"line {first_line + index}: {len(row)} tokens, more than {key} = {limit}")
-        probabilities = np.exp(class_log_probabilities(self.model, self.tokenizer, rows, device=self.device))
-        return [
-            Classified(names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True))) for row in probabilities
-        ]
+    # Forced decoding
 
     def score(
         self, sources: Sequence[str], targets: Sequence[str] | None = None, first_line: int = 1, **decoding: Any
@@ -394,14 +349,9 @@ class Predictor:
             decoding=settings,
             metrics=metrics,
             line_ends=texts.line_ends,
+            temperature=self.temperature,
             device=self.device,
         )
-
-    def require_directory(self) -> RunDirectory:
-        """The run directory, for what is written to it."""
-        if self.directory is None:
-            raise CheckpointError("this predictor was made from a model, not from a run directory")
-        return self.directory
 
 
 _MEND = '; split the line, or use --over-length skip (over_length="skip") to leave such lines empty'

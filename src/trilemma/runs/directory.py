@@ -2,6 +2,7 @@
 
     RUN/config.yaml tokenizer.json                written once, at the start
         model.safetensors card.md summary.json    published at the end
+        calibration.json                          a classifier's temperature, with them
         scores.json outputs.SPLIT.txt             written by `trilemma evaluate`
         manifest.json                             SHA-256 of each file above
         metrics.jsonl                             one JSON object a line, appended
@@ -40,6 +41,7 @@ TRAINER = "trainer.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SCORES = "scores.json"
+CALIBRATION = "calibration.json"
 CARD = "card.md"
 CHECKPOINTS = "checkpoints"
 
@@ -215,6 +217,12 @@ class RunDirectory:
         scores = json.loads(self._read(SCORES))
         assert isinstance(scores, list)
         return scores
+
+    def read_temperature(self) -> float | None:
+        """What a classifier's logits are divided by; None where calibration.json was not published."""
+        if not self.has(CALIBRATION) and CALIBRATION not in manifest.read(self.path, "run").files:
+            return None
+        return float(json.loads(self._read(CALIBRATION))["temperature"])
 
     def read_text(self, name: str) -> str:
         """The text of a published file (a card, outputs), checked."""

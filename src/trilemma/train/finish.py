@@ -10,10 +10,11 @@ from torch import Tensor
 
 from trilemma import machine
 from trilemma.config import RunConfig
+from trilemma.measure.calibration import Calibration, fit_temperature
 from trilemma.runs import RunDirectory
-from trilemma.runs.directory import CARD, SUMMARY, to_json
+from trilemma.runs.directory import CALIBRATION, CARD, SUMMARY, to_json
 from trilemma.runs.tensors import model_tensors
-from trilemma.train.loop import Trainer
+from trilemma.train.loop import Trainer, run_model
 from trilemma.train.optimizer import assign
 
 
@@ -26,9 +27,13 @@ def finish(trainer: Trainer, reason: str) -> dict[str, Any]:
     chosen, loss = _choose(trainer)
     summary = _summary(trainer, reason, chosen, loss)
     if trainer.processes.is_first:
+        calibration = _calibration(trainer)
         card = model_card(trainer.config, summary)
         # the summary comes last: where it stands, the run is complete
         others = {CARD: card.encode(), SUMMARY: to_json(summary)}
+        if calibration is not None:
+            trainer.display.say(f"calibration: {calibration}")
+            others = {CALIBRATION: to_json(calibration.to_json()), **others}
         trainer.directory.publish_model(model_tensors(trainer.model), others)
     trainer.processes.wait()
     return summary
@@ -50,6 +55,20 @@ def _choose(trainer: Trainer) -> tuple[str, float | None]:
     what = "last" if counters.best_step is None else best
     average = f", moving average {training.ema}" if training.ema is not None else ""
     return f"step {step} ({what}{average})", counters.best_loss
+
+
+@torch.no_grad()
+def _calibration(trainer: Trainer) -> Calibration | None:
+    """A classifier's temperature, fitted on the validation data with the weights that are published."""
+    if trainer.config.data.task != "classification" or not trainer.dataset.sizes.get("valid"):
+        return None
+    trainer.model.eval()
+    found, labels = [], []
+    for batch in trainer.dataset.eval_batches("valid"):
+        hidden = run_model(trainer.model, batch.to(trainer.processes.device))
+        found.append(torch.log_softmax(trainer.model.head(hidden).double(), dim=-1).cpu())
+        labels.append(batch.labels)
+    return fit_temperature(torch.cat(found).numpy(), torch.cat(labels).numpy())
 
 
 def average_checkpoints(directory: RunDirectory, steps: list[int], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
