@@ -1,0 +1,114 @@
+"""Small models with random weights in the Hugging Face layout, made by transformers, and what they answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import models, pre_tokenizers
+from torch import Tensor
+
+VOCABULARY = 96
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: the class, its config, and how it is called."""
+
+    cls: str
+    config: type[Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    kind: str = "decoder"  # or seq2seq, masked, classifier, encoder
+
+
+_IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+_LLAMA = {
+    **_IDS,
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+}
+
+
+def _rope(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+CASES = {
+    "llama": Case("LlamaForCausalLM", transformers.LlamaConfig, {**_LLAMA, **_rope(5000.0), "rms_norm_eps": 1e-5}),
+    "llama-tied-biased": Case(
+        "LlamaForCausalLM",
+        transformers.LlamaConfig,
+        {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "mistral": Case("MistralForCausalLM", transformers.MistralConfig, {**_LLAMA, "sliding_window": 5}),
+    "qwen2": Case(
+        "Qwen2ForCausalLM",
+        transformers.Qwen2Config,
+        {
+            **{key: value for key, value in _LLAMA.items() if key != "head_dim"},
+            **{"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        },
+    ),
+    "qwen3": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, "head_dim": 16, **_rope(1e6)}),
+}
+
+
+def make(case: Case, folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """Saves a model with a tokenizer to `folder`; returns transformers' model in evaluation mode.
+
+    Every weight is moved away from zero and one, so that none can be mixed up unseen.
+    """
+    torch.manual_seed(seed)
+    config = case.config(**{**case.options, **changes})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, case.cls)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "A_log" not in name and "embed_positions" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return model
+
+
+def tokenizer(size: int = VOCABULARY) -> tokenizers.Tokenizer:
+    """Words w4, w5, ... after the special ones."""
+    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, size))]
+    made = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def rows(seed: int, lengths: list[int]) -> list[list[int]]:
+    """Random tokens, none special."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def padded(lines: list[list[int]], fill: int = 7) -> tuple[Tensor, Tensor]:
+    """Right-padded with an ordinary token, and the lengths."""
+    longest = max(map(len, lines))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in lines]), torch.tensor(list(map(len, lines)))
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    """Rewrites model.safetensors by `change(tensors)`."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Sets keys of a JSON file."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**held, **values}))

@@ -1,0 +1,127 @@
+"""Imported models give the logits and the greedy tokens of transformers: whole, padded, in chunks and steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import CASES, edit_weights, make, padded, rows
+from torch import Tensor
+
+from trilemma.decode import Request, decode
+from trilemma.errors import CheckpointError
+from trilemma.interop import import_model
+from trilemma.runs.load import LoadedRun, load_run
+
+TOLERANCE = 2e-5  # of the largest logit
+LENGTHS = [9, 1, 5]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, LoadedRun]:
+    """A case's name, transformers' model, and ours."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = make(CASES[request.param], folder / "hf")
+    return request.param, theirs, load_run(import_model(folder / "hf", folder / "run").path)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * max(1.0, float(theirs.abs().max())))
+
+
+@torch.no_grad()
+def theirs_alone(name: str, model: Any, row: list[int], source: list[int] | None) -> Tensor:
+    """[L, V] of one row without padding."""
+    inputs = torch.tensor([row])
+    if source is None:
+        return model(input_ids=inputs).logits[0]
+    return model(input_ids=torch.tensor([source]), decoder_input_ids=inputs).logits[0]
+
+
+def drawn(name: str) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Rows, and sources for encoder-decoders."""
+    return rows(1, LENGTHS), rows(2, [4, 7, 1]) if CASES[name].kind == "seq2seq" else None
+
+
+def memory(sources: list[list[int]] | None) -> dict[str, Tensor]:
+    if sources is None:
+        return {}
+    source, lengths = padded(sources)
+    return {"source": source, "source_lengths": lengths}
+
+
+@torch.no_grad()
+def test_whole_and_padded(pair: tuple[str, Any, LoadedRun]) -> None:
+    name, theirs, run = pair
+    lines, sources = drawn(name)
+    inputs, lengths = padded(lines)
+    hidden = run.model(inputs, lengths, **memory(sources))
+    for i, line in enumerate(lines):
+        want = theirs_alone(name, theirs, line, sources[i] if sources else None)
+        close(run.model.head(hidden[i] if hidden.ndim == 2 else hidden[i, : len(line)]), want)
+
+
+@torch.no_grad()
+def test_in_chunks_and_steps(pair: tuple[str, Any, LoadedRun]) -> None:
+    name, theirs, run = pair
+    if CASES[name].kind not in ("decoder", "seq2seq"):
+        pytest.skip("an encoder has no steps")
+    lines, sources = drawn(name)
+    inputs, lengths = padded(lines)
+    state = run.model.begin(len(lines), **memory(sources))
+    parts, position = [], 0
+    for size in (1, 3, 4, 1):  # rows end within and before chunks
+        chunk = inputs[:, position : position + size]
+        logits, state = run.model.step(chunk, state, (lengths - position).clamp(0, size))
+        parts.append(logits)
+        position += size
+    got = torch.cat(parts, 1)
+    for i, line in enumerate(lines):
+        close(got[i, : len(line)], theirs_alone(name, theirs, line, sources[i] if sources else None))
+
+
+@torch.no_grad()
+def test_same_greedy_tokens(pair: tuple[str, Any, LoadedRun]) -> None:
+    name, theirs, run = pair
+    if CASES[name].kind not in ("decoder", "seq2seq"):
+        pytest.skip("an encoder generates nothing")
+    lines = rows(3, [6, 2, 1])
+    limit, tokenizer = 15, run.tokenizer
+    if CASES[name].kind == "seq2seq":
+        requests = [Request([tokenizer.bos], limit, source=line, index=i) for i, line in enumerate(lines)]
+    else:
+        requests = [Request(line, limit, index=i) for i, line in enumerate(lines)]
+    settings = run.config.decoding.model_copy(update={"method": "greedy"})
+    outputs = decode(run.model, requests, settings, eos=tokenizer.eos, pad=tokenizer.pad)
+    for line, found in zip(lines, outputs, strict=True):
+        inputs = torch.tensor([line])
+        wanted = theirs.generate(
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=False, num_beams=1, max_new_tokens=limit
+        )[0].tolist()
+        wanted = wanted[1:] if CASES[name].kind == "seq2seq" else wanted[len(line) :]
+        end = [tokenizer.eos] if found[0].finished else []
+        assert found[0].tokens + end == wanted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_accounted_for(name: str, tmp_path: Path) -> None:
+    make(CASES[name], tmp_path / "hf")
+
+    def attempt(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            import_model(tmp_path / "hf", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    held: dict[str, Tensor] = {}
+    edit_weights(tmp_path / "hf", held.update)
+    victim = max((key for key in held if "embed" not in key and "shared" not in key), key=lambda key: held[key].numel())
+    edit_weights(tmp_path / "hf", lambda tensors: tensors.pop(victim))
+    attempt(f'"{victim}" .* is missing')
+    edit_weights(tmp_path / "hf", lambda tensors: tensors.update({victim: held[victim][..., :-1].contiguous()}))
+    attempt(f'"{victim}" has shape .* needed')
+    extra = {victim: held[victim], "extra.weight": torch.zeros(2)}
+    edit_weights(tmp_path / "hf", lambda tensors: tensors.update(extra))
+    attempt(r'"extra.weight" \[2\] is left over')
