@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from trilemma.errors import ConfigError, nearest
 from trilemma.settings import DEFAULT_MIXERS, Origin, yaml_text
@@ -32,6 +32,17 @@ class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take True for 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            kinds = {annotation, *get_args(annotation)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"a number is needed, found {str(value).lower()}")
+        return value
 
 
 class ModelConfig(Section):
@@ -156,7 +167,10 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float | None = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    mask_fraction: float = Field(0.15, gt=0, lt=1, description="masked language model")
+    mask_fraction: float = Field(0.15, gt=0, lt=1, description="masked language model: text tokens that are predicted")
+    masking: Literal["bert", "all"] = Field(
+        "bert", description="of these, 80 % become the mask, 10 % another token, 10 % stay; or all become the mask"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the exponential moving average")
     average_last: int = Field(1, ge=1, description="checkpoints averaged into the final model, and so kept")
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
@@ -178,10 +192,17 @@ class DecodingConfig(Section):
     method: Literal["greedy", "beam", "sample"] = "beam"
     beam_size: int = Field(4, ge=1)
     length_penalty: float = Field(0.6, description="alpha of ((5 + length) / 6) ** alpha")
+    coverage_penalty: float = Field(0.0, ge=0, description="beam: beta of GNMT's penalty for source left unattended")
+    beam_groups: int = Field(1, ge=1, description="beam: groups of a diverse beam; the beam is divided among them")
+    diversity_penalty: float = Field(0.5, ge=0, description="beam groups: for a token that an earlier group chose")
     n_best: int = Field(1, ge=1, description="outputs an input: of the beam, or independent samples")
     max_length: int | None = Field(None, ge=1, description="new tokens; None: max_ratio * source + max_extra")
     max_ratio: float = Field(1.0, ge=0, description="of the source's tokens (a language model's: of the prompt's)")
     max_extra: int = Field(50, ge=0)
+    no_repeat_ngram: int | None = Field(None, ge=1, description="no n-gram of this many tokens twice in an output")
+    unknown: Literal["keep", "ban"] = Field("keep", description="the unknown token in outputs")
+    alignment_layer: int | None = Field(None, ge=1, description="of the decoder, from 1; None: the last but one")
+    alignment_head: int | None = Field(None, ge=1, description="from 1; None: the mean over all heads")
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(None, ge=1, description="sampling: only the k likeliest tokens")
     top_p: float | None = Field(None, gt=0, le=1, description="sampling: the fewest tokens with this probability")

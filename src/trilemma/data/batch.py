@@ -145,9 +145,12 @@ def stream_batch(
     return replace(batch, segments=_pad(numbers, -1)[0])
 
 
-def mask_batch(batch: Batch, tokenizer: Tokenizer, fraction: float, seed: int) -> Batch:
-    """A masked-language-model batch: `fraction` of the text tokens is chosen; of these 80 % become `mask`, 10 % a
-    random token, 10 % stay (Devlin et al. 2019, "BERT", section 3.1). Labels are the chosen tokens, IGNORE elsewhere.
+def mask_batch(batch: Batch, tokenizer: Tokenizer, fraction: float, masking: str, seed: int) -> Batch:
+    """A masked-language-model batch: `fraction` of the text tokens is chosen, never special ones or padding.
+
+    Of the chosen, with `masking` "bert", 80 % become `mask`, 10 % a random token, 10 % stay (Devlin et al. 2019,
+    "BERT", section 3.1); with "all" all become `mask` (Wettig et al. 2023, arXiv 2202.08005, section 5). Labels are the
+    chosen tokens, IGNORE elsewhere.
 
     The choice depends on (seed, batch.index) alone. A batch in which chance chose nothing scores its first text token.
     """
@@ -158,13 +161,19 @@ def mask_batch(batch: Batch, tokenizer: Tokenizer, fraction: float, seed: int) -
     chosen = text & (draw < fraction)
     if not chosen.any() and text.any():
         chosen.flat[int(np.argmax(text))] = True
+    if masking == "all":
+        return _masked(batch, ids, chosen, tokenizer.mask)
     kind = uniform(seed, "mask.kind", batch.index, ids.size).reshape(ids.shape)
     ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
     other = ordinary[integers(seed, "mask.token", batch.index, ids.size, len(ordinary))].reshape(ids.shape)
-    masked = np.where(kind < 0.8, tokenizer.mask, np.where(kind < 0.9, other, ids))
+    return _masked(batch, ids, chosen, np.where(kind < 0.8, tokenizer.mask, np.where(kind < 0.9, other, ids)))
+
+
+def _masked(batch: Batch, ids: Row, chosen: NDArray[np.bool_], shown: Row | int) -> Batch:
+    """The batch with `shown` in place of the chosen ids, which are its labels."""
     return replace(
         batch,
-        inputs=torch.from_numpy(np.where(chosen, masked, ids)),
+        inputs=torch.from_numpy(np.where(chosen, shown, ids)),
         labels=torch.from_numpy(np.where(chosen, ids, IGNORE)),
         num_targets=int(chosen.sum()),
     )

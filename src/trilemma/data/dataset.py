@@ -268,8 +268,8 @@ class Dataset:
         batch = stream_batch(rows, self.tokenizer, self.config.data.packing, k)
         if self.task == "language-model":
             return batch
-        seed = self.config.seed if split == "train" else 0
-        return mask_batch(batch, self.tokenizer, self.config.training.mask_fraction, seed)
+        training, seed = self.config.training, self.config.seed if split == "train" else 0
+        return mask_batch(batch, self.tokenizer, training.mask_fraction, training.masking, seed)
 
     def _piece(self, split: str, piece: Piece) -> tuple[Row, Row]:
         """(inputs, labels) of a part of [bos] text [eos]: for language models, labels are one token further."""

@@ -319,7 +319,8 @@ def _score_masked(
         loss = F.cross_entropy(wide.transpose(1, 2), moved.labels, ignore_index=IGNORE, reduction="none")
         nats.append(loss.cpu().double().sum(1).numpy())
         tokens.append((batch.labels != IGNORE).sum(1).numpy())
-    signature = f"unit:masked-token|fraction:{dataset.config.training.mask_fraction:g}"
+    training = dataset.config.training
+    signature = f"unit:masked-token|fraction:{training.mask_fraction:g}|masking:{training.masking}"
     scores = _likelihood_scores(np.concatenate(nats), np.concatenate(tokens), np.ones(1), wanted)
     return Evaluation(split, [replace(score, signature=signature) for score in scores], [], [], [])
 
