@@ -65,6 +65,10 @@ MISTAKES = {
         "run.yaml:2: model.d_model: Input should be a valid integer, unable to parse string as an integer, "
         "found 'wide'",
     ),
+    "a truth value for a number": (
+        "training:\n  clip_norm: true\n",
+        "run.yaml:2: training.clip_norm: a number is needed, found true",
+    ),
     "too small": (
         "model:\n  num_layers: 0\n",
         "run.yaml:2: model.num_layers: Input should be greater than or equal to 1, found 0",
