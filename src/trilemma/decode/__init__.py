@@ -2,7 +2,8 @@
 
 from trilemma.decode.batching import DecodingBatch, collate, plan_batches
 from trilemma.decode.beam import decode_beam
-from trilemma.decode.hypothesis import Hypothesis, Request, StepModel, length_penalty
+from trilemma.decode.ensemble import Ensemble
+from trilemma.decode.hypothesis import Hypothesis, Phrase, Request, StepModel, length_penalty
 from trilemma.decode.prompts import Prompts, TooLong
 from trilemma.decode.search import BatchingReport, Disagreement, check_decoding, compare_with_single, decode
 from trilemma.decode.single import decode_single
@@ -11,7 +12,9 @@ __all__ = [
     "BatchingReport",
     "DecodingBatch",
     "Disagreement",
+    "Ensemble",
     "Hypothesis",
+    "Phrase",
     "Prompts",
     "Request",
     "StepModel",

@@ -20,6 +20,7 @@ class DecodingBatch:
         source: [batch, source length] and source_lengths: [batch] (None if equal); both None without an encoder.
         prefix: [batch] or None.
         limits, indices: [batch] most new tokens and input numbers, on the CPU.
+        requests: what was asked for, in the same order.
     """
 
     inputs: Tensor
@@ -29,6 +30,7 @@ class DecodingBatch:
     prefix: Tensor | None
     limits: Tensor
     indices: Tensor
+    requests: Sequence[Request]
 
     @property
     def size(self) -> int:
@@ -69,7 +71,7 @@ def collate(requests: Sequence[Request], pad: int, device: torch.device | str | 
         prefix = torch.tensor([length or 0 for length in prefixes], device=device)
     limits = torch.tensor([request.limit for request in requests])
     indices = torch.tensor([request.index for request in requests])
-    return DecodingBatch(inputs, lengths, source, source_lengths, prefix, limits, indices)
+    return DecodingBatch(inputs, lengths, source, source_lengths, prefix, limits, indices, requests)
 
 
 def _pad(rows: list[list[int]], pad: int, device: torch.device | str | None) -> tuple[Tensor, Tensor | None]:

@@ -1,15 +1,18 @@
 """Batched beam search over `prefill`, `step` and `State.select` alone.
 
-Legend: B sources still searched, K beam size, N n-best, V vocabulary, T tokens so far.
+Legend: B sources still searched (times their groups), K beam size (of a group), N n-best, V vocabulary, T tokens so
+far, S source length.
 
 The rules, which make the result of a beam wide enough to prune nothing the exact best of all outputs:
 
-- A hypothesis' score is `log p / ((5 + |y|) / 6) ** alpha` (Wu et al. 2016, equation 14); |y| counts end-of-sequence.
-- Every step ranks the K * V continuations of a source by log-probability. A continuation with end-of-sequence is
-  *finished* if it stands among the first K; the best K others go on. With K = 1 and alpha = 0 this is greedy decoding.
+- A hypothesis' score is `log p / ((5 + |y|) / 6) ** alpha` plus the coverage penalty, beta times the sum over source
+  positions of `log(min(attention received, 1))` (Wu et al. 2016, equation 14); |y| counts end-of-sequence.
+- Every step ranks the continuations of a source by log-probability, or as another `Choice` does. A continuation with
+  end-of-sequence is *finished* if it stands among the first K; the best K others go on. With K = 1 and alpha = 0 this
+  is greedy decoding. What `Rules` forbid is no continuation.
 - A source stops when no live hypothesis can beat its worst kept finished one (the N-th best): log p only falls, so a
-  live one can at best keep its log p and end at the length with the largest penalty, which is the next one or the
-  limit. Nothing that stopping early leaves out could have been returned.
+  live one can at best keep its log p, lose its coverage penalty, and end at the length with the largest length penalty,
+  which is the next one or the limit. Nothing that stopping early leaves out could have been returned.
 - At its limit a source stops. Unfinished hypotheses are returned only in places that no finished one takes.
 
 Finished sources leave the batch with the same `select` that reorders the beams, so it costs nothing extra. The rows of
@@ -18,23 +21,33 @@ one source stay contiguous and equal in number: memory that they share need not 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trilemma.config import DecodingConfig
+from trilemma.decode.attention import observer
 from trilemma.decode.batching import DecodingBatch
+from trilemma.decode.choice import Candidates, Choice, Diverse, Likeliest
 from trilemma.decode.hypothesis import NOT_A_NUMBER, Hypothesis, StateType, StepModel, length_penalty
+from trilemma.decode.lexical import Allocated, Complete, Patterns
+from trilemma.decode.rules import Rules
 from trilemma.errors import ConfigError, TrilemmaError
 
 
 @dataclass(frozen=True)
 class _Live:
-    """Hypotheses that go on: token history [B, K, T] and log-probabilities [B, K], best first; -inf: no hypothesis."""
+    """Hypotheses that go on, best first; -inf: no hypothesis.
+
+    Token history [B, K, T], log-probabilities [B, K], and the attention that each source position has received
+    [B, K, S], padding counted as covered; S = 0 where nobody asked.
+    """
 
     history: Tensor
     log_probability: Tensor
+    attended: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,96 +61,161 @@ class _Finished:
 
 
 @dataclass(frozen=True)
-class _Candidates:
-    """The best continuations of each source, best first: all [B, C]."""
+class _Score:
+    """Length and coverage penalty, alpha and beta."""
 
-    log_probability: Tensor
-    parent: Tensor
-    token: Tensor
-    is_end: Tensor
+    alpha: float
+    beta: float
+
+    def __call__(self, log_probability: Tensor, length: int, attended: Tensor) -> Tensor:
+        """[B, K], of log-probabilities [B, K] and attention [B, K, S]."""
+        normalised = log_probability / length_penalty(length, self.alpha)
+        if not attended.shape[2]:
+            return normalised
+        least = torch.finfo(torch.float32).tiny  # a position that nobody looked at costs much, but not everything
+        return normalised + self.beta * attended.clamp(least, 1).log().sum(-1)
 
 
 @torch.no_grad()
 def decode_beam(
-    model: StepModel[StateType], batch: DecodingBatch, config: DecodingConfig, eos: int, pad: int, margins: bool = False
+    model: StepModel[StateType],
+    batch: DecodingBatch,
+    config: DecodingConfig,
+    eos: int,
+    pad: int,
+    margins: bool = False,
+    unk: int | None = None,
 ) -> list[list[Hypothesis]]:
     """The `config.n_best` best outputs of each input, best first.
 
     Args:
         model: an encoder-decoder or decoder-only model.
         batch: B inputs.
-        config: `beam_size`, `n_best`, `length_penalty` are read.
-        eos, pad: token ids.
+        config: all keys that are not about sampling are read.
+        eos, pad, unk: token ids; unk is needed to ban it.
         margins: also record the smallest difference that decided which hypotheses went on (see `Hypothesis.margin`).
 
     Raises:
-        ConfigError: `n_best` is larger than `beam_size`.
+        ConfigError: `n_best` is larger than `beam_size`, or settings that exclude each other.
+        CapabilityError: a coverage penalty for a model without cross-attention.
         TrilemmaError: the model's output is not a number.
     """
-    width, n_best = config.beam_size, config.n_best
-    if n_best > width:
-        raise ConfigError(f"decoding.n_best={n_best} is more than decoding.beam_size={width}; raise the beam size")
-    logits, state = model.prefill(
-        batch.inputs,
-        batch.lengths,
-        source=batch.source,
-        source_lengths=batch.source_lengths,
-        prefix=batch.prefix,
-    )
-    device = logits.device
+    check_beam(config)
+    groups, width = config.beam_groups, config.beam_size // config.beam_groups
+    n_best = math.ceil(config.n_best / groups)
+    eyes, score = observer(model, config), _Score(config.length_penalty, config.coverage_penalty)
+    choice, rules = _choice(config, batch, eos, unk)
+    with eyes.looking(batch.size, batch.lengths):
+        logits, state = model.prefill(
+            batch.inputs,
+            batch.lengths,
+            source=batch.source,
+            source_lengths=batch.source_lengths,
+            prefix=batch.prefix,
+        )
+    weights, device = eyes.weights.to(logits.device), logits.device
+    if groups > 1:
+        rows = torch.arange(batch.size, device=device).repeat_interleave(groups)
+        logits, weights, state = logits[rows], weights[rows], state.select(rows)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    sources = torch.arange(batch.size)
-    limits = batch.limits.to(device)
-    live = _Live(
-        torch.zeros(batch.size, 1, 0, dtype=torch.long, device=device),
-        torch.zeros(batch.size, 1, dtype=dtype, device=device),
-    )
-    finished = _no_finished(batch.size, n_best, dtype, device)
-    smallest = torch.full((batch.size,), torch.inf, dtype=dtype, device=device)
-    results: list[list[Hypothesis]] = [[] for _ in range(batch.size)]
+    places = torch.arange(batch.size * groups, device=device)  # where results go
+    limits = batch.limits.to(device).repeat_interleave(groups)
+    live = _begin(batch, groups, weights.shape[1], dtype, device)
+    finished = _no_finished(len(places), n_best, dtype, device)
+    smallest = torch.full((len(places),), torch.inf, dtype=dtype, device=device)
+    acted = torch.zeros(len(places), len(rules.keys), dtype=torch.bool, device=device)
+    results: list[list[Hypothesis]] = [[] for _ in places]
     for length in range(1, int(batch.limits.max()) + 1):
-        candidates = _continue(live.log_probability, logits, eos, width, extra=int(margins))
+        live = replace(live, attended=live.attended + weights.view(*live.log_probability.shape, -1))
+        owners = places // groups
+        values, acting = _continue(live, logits, rules, owners)
+        acted = acted | acting
+        candidates = choice.candidates(values, live.history, owners, eos, width, int(margins))
         if margins:
             smallest = torch.minimum(smallest, _pruning_margin(candidates, width))
-        finished = _finish(finished, live, candidates, width, length, config.length_penalty)
+        finished = _finish(finished, live, candidates, width, length, score)
         parents, tokens, live = _survive(live, candidates, width, pad)
         done = _cannot_improve(live, finished, length, limits, config.length_penalty)
+        done = done.view(-1, groups).all(1).repeat_interleave(groups)
         if bool(done.any()):
             ended = done.nonzero().squeeze(-1)
-            _collect(results, sources, ended, live, finished, smallest, length, config.length_penalty)
-            if len(ended) == len(sources):
+            outputs = _collect(_keep_live(live, ended), _keep_finished(finished, ended), length, score)
+            for at, found in zip(ended.tolist(), outputs, strict=True):
+                margin, keys = float(smallest[at]), rules.acting(acted[at])
+                results[int(places[at])] = [replace(one, margin=margin, acted=keys) for one in found]
+            if len(ended) == len(places):
                 break
         keep = (~done).nonzero().squeeze(-1)
-        rows = (keep[:, None] * (logits.shape[0] // len(sources)) + parents[keep]).flatten()
+        rows = (keep[:, None] * (logits.shape[0] // len(places)) + parents[keep]).flatten()
         if not _is_identity(rows, logits.shape[0]):
             state = state.select(rows)
-        if len(keep) < len(sources):
-            sources, limits, smallest = sources[keep.cpu()], limits[keep], smallest[keep]
+        if len(keep) < len(places):
+            places, limits, smallest, acted = places[keep], limits[keep], smallest[keep], acted[keep]
             live, finished = _keep_live(live, keep), _keep_finished(finished, keep)
-        logits, state = model.step(tokens[keep].reshape(-1, 1), state)
-        logits = logits[:, -1]
-    return results
+        with eyes.looking(len(rows)):
+            logits, state = model.step(tokens[keep].reshape(-1, 1), state)
+        logits, weights = logits[:, -1], eyes.weights.to(device)
+    return results if groups == 1 else _merged(results, groups, config.n_best)
 
 
-def _continue(live: Tensor, logits: Tensor, eos: int, width: int, extra: int) -> _Candidates:
-    """The best 2K (+ extra) continuations: with one end-of-sequence per parent at least K of them go on.
+def check_beam(config: DecodingConfig) -> None:
+    """Refuses settings of a beam that exclude each other.
 
-    Args:
-        live: [B, rows of a source] log-probabilities (a single row after prefill, K later).
-        logits: [B * rows of a source, V].
+    Raises:
+        ConfigError: more outputs than the beam holds, or groups that do not divide it.
     """
-    batch, rows = live.shape
-    vocab = logits.shape[-1]
-    # NaN is kept on purpose: it surfaces as an error in `_collect`
-    log_probability = live[:, :, None] + torch.log_softmax(logits.to(live.dtype), dim=-1).view(batch, rows, vocab)
-    count = min(2 * width + extra, rows * vocab)
-    values, flat = log_probability.view(batch, rows * vocab).topk(count, dim=-1)
-    tokens = flat % vocab
-    return _Candidates(values, flat // vocab, tokens, tokens == eos)
+    if config.n_best > config.beam_size:
+        raise ConfigError(
+            f"decoding.n_best={config.n_best} is more than decoding.beam_size={config.beam_size}; raise the beam size"
+        )
+    if config.beam_size % config.beam_groups:
+        raise ConfigError(
+            f"decoding.beam_size={config.beam_size} is no multiple of decoding.beam_groups={config.beam_groups}: "
+            "the beam is divided evenly among its groups"
+        )
+
+
+def _choice(config: DecodingConfig, batch: DecodingBatch, eos: int, unk: int | None) -> tuple[Choice, Rules]:
+    """How continuations are chosen, and what is forbidden."""
+    rules = Rules.of(config, batch, unk)
+    if any(request.phrases for request in batch.requests):
+        if config.beam_groups > 1:
+            raise ConfigError("phrases and decoding.beam_groups exclude each other: both divide the beam")
+        patterns = Patterns.of([request.phrases for request in batch.requests], batch.inputs.device)
+        return Allocated(patterns), Rules([*rules.rules, Complete(patterns, eos)], rules.forced)
+    if config.beam_groups > 1:
+        return Diverse(config.beam_groups, config.diversity_penalty), rules
+    return Likeliest(), rules
+
+
+def _begin(batch: DecodingBatch, groups: int, source: int, dtype: torch.dtype, device: torch.device) -> _Live:
+    """One empty hypothesis for each source and group."""
+    count = batch.size * groups
+    attended = torch.zeros(count, 1, source, dtype=dtype, device=device)
+    if source and batch.source_lengths is not None:
+        padding = torch.arange(source, device=device) >= batch.source_lengths.to(device)[:, None]
+        attended = padding.repeat_interleave(groups, dim=0)[:, None].to(dtype)
+    history = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
+    return _Live(history, torch.zeros(count, 1, dtype=dtype, device=device), attended)
+
+
+def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all continuations [B, rows of a source, V], and which rules acted [B, rules].
+
+    NaN is kept on purpose: it surfaces as an error in `_collect`.
+    """
+    batch, rows = live.log_probability.shape
+    scores = torch.log_softmax(logits.to(live.log_probability.dtype), dim=-1)
+    acted = torch.zeros(batch, len(rules.keys), dtype=torch.bool, device=logits.device)
+    if rules:
+        scores, acting = rules.apply(scores, live.history.flatten(0, 1), owners.repeat_interleave(rows))
+        alive = live.log_probability > -torch.inf
+        acted = (acting.view(batch, rows, -1) & alive[:, :, None]).any(1)
+    return live.log_probability[:, :, None] + scores.view(batch, rows, -1), acted
 
 
 def _finish(
-    finished: _Finished, live: _Live, candidates: _Candidates, width: int, length: int, alpha: float
+    finished: _Finished, live: _Live, candidates: Candidates, width: int, length: int, score: _Score
 ) -> _Finished:
     """Takes continuations with end-of-sequence among the first K into the N best finished ones."""
     is_end = candidates.is_end[:, :width] & (candidates.log_probability[:, :width] > -torch.inf)
@@ -145,9 +223,8 @@ def _finish(
     if not bool(is_end.any()):
         return replace(finished, history=history)
     values = candidates.log_probability[:, :width].masked_fill(~is_end, -torch.inf)
-    parents = candidates.parent[:, :width, None].expand(-1, -1, length - 1)
-    ended = torch.nn.functional.pad(live.history.gather(1, parents), (0, 1))
-    scores = torch.cat([finished.score, values / length_penalty(length, alpha)], dim=1)
+    ended = torch.nn.functional.pad(_of(live.history, candidates.parent[:, :width]), (0, 1))
+    scores = torch.cat([finished.score, score(values, length, _of(live.attended, candidates.parent[:, :width]))], dim=1)
     best, order = scores.topk(finished.score.shape[1], dim=1)
     lengths = torch.cat([finished.length, torch.full_like(candidates.parent[:, :width], length)], dim=1)
     return _Finished(
@@ -158,33 +235,39 @@ def _finish(
     )
 
 
-def _survive(live: _Live, candidates: _Candidates, width: int, pad: int) -> tuple[Tensor, Tensor, _Live]:
+def _survive(live: _Live, candidates: Candidates, width: int, pad: int) -> tuple[Tensor, Tensor, _Live]:
     """The best K continuations without end-of-sequence: their parents [B, K], tokens [B, K] and histories."""
+    rank = candidates.rank.masked_fill(candidates.is_end, -torch.inf)
     values = candidates.log_probability.masked_fill(candidates.is_end, -torch.inf)
     parents, tokens = candidates.parent, candidates.token
     if values.shape[1] < width:  # a vocabulary smaller than the beam: places without a hypothesis
         missing = width - values.shape[1]
-        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+        rank, values = (torch.nn.functional.pad(one, (0, missing), value=-torch.inf) for one in (rank, values))
         parents = torch.nn.functional.pad(parents, (0, missing))
         tokens = torch.nn.functional.pad(tokens, (0, missing), value=pad)
-    best, order = values.topk(width, dim=1)
-    parents, tokens = parents.gather(1, order), tokens.gather(1, order)
-    history = live.history.gather(1, parents[:, :, None].expand(-1, -1, live.history.shape[2]))
-    return parents, tokens, _Live(torch.cat([history, tokens[:, :, None]], dim=2), best)
+    order = rank.topk(width, dim=1).indices
+    best, parents, tokens = values.gather(1, order), parents.gather(1, order), tokens.gather(1, order)
+    history = torch.cat([_of(live.history, parents), tokens[:, :, None]], dim=2)
+    return parents, tokens, _Live(history, best, _of(live.attended, parents))
+
+
+def _of(values: Tensor, parents: Tensor) -> Tensor:
+    """[B, rows, X] of the parents [B, C] -> [B, C, X]."""
+    return values.gather(1, parents[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def _cannot_improve(live: _Live, finished: _Finished, length: int, limits: Tensor, alpha: float) -> Tensor:
     """[B] whether a source is done: at its limit, nothing left to follow, or no live hypothesis can be returned."""
-    best = live.log_probability[:, 0]
+    best = live.log_probability.amax(1)
     penalties = ((5.0 + limits.to(best.dtype)) / 6.0) ** alpha
     bound = torch.maximum(best / length_penalty(length + 1, alpha), best / penalties)
     # "not >" rather than "<=": NaN ends the search, and is reported then
     return (limits <= length) | (best == -torch.inf) | ~(bound > finished.score[:, -1])
 
 
-def _pruning_margin(candidates: _Candidates, width: int) -> Tensor:
+def _pruning_margin(candidates: Candidates, width: int) -> Tensor:
     """[B] the smallest difference that decided which continuations were kept."""
-    values, is_end = candidates.log_probability, candidates.is_end
+    values, is_end = candidates.rank, candidates.is_end
     going_on = values.masked_fill(is_end, -torch.inf).sort(dim=1, descending=True).values
     margin = torch.full_like(values[:, 0], torch.inf)
     if values.shape[1] <= width:
@@ -196,36 +279,45 @@ def _pruning_margin(candidates: _Candidates, width: int) -> Tensor:
     return torch.where(at_border & (values[:, width] > -torch.inf), torch.minimum(margin, border), margin)
 
 
-def _collect(
-    results: list[list[Hypothesis]],
-    sources: Tensor,
-    ended: Tensor,
-    live: _Live,
-    finished: _Finished,
-    smallest: Tensor,
-    length: int,
-    alpha: float,
-) -> None:
-    """Writes the outputs of the sources that end at this step into `results`."""
-    if bool(live.log_probability[ended].isnan().any()) or bool(finished.score[ended].isnan().any()):
+def _collect(live: _Live, finished: _Finished, length: int, score: _Score) -> list[list[Hypothesis]]:
+    """The outputs of sources that end at this step."""
+    if bool(live.log_probability.isnan().any()) or bool(finished.score.isnan().any()):
         raise TrilemmaError(NOT_A_NUMBER)
-    done, open_ = _keep_finished(finished, ended), _keep_live(live, ended)
-    wanted = done.score.shape[1]
-    for row, (source, margin) in enumerate(zip(sources[ended.cpu()].tolist(), smallest[ended].tolist(), strict=True)):
-        outputs = results[source]
-        for score, total, count, tokens in zip(
-            done.score[row].tolist(),
-            done.log_probability[row].tolist(),
-            done.length[row].tolist(),
-            done.history[row].tolist(),
-            strict=True,
-        ):
-            if score > -torch.inf:
-                outputs.append(Hypothesis(tokens[: count - 1], total, score, True, margin))
-        totals, histories = open_.log_probability[row].tolist(), open_.history[row].tolist()
-        for total, tokens in list(zip(totals, histories, strict=True))[: wanted - len(outputs)]:
-            if total > -torch.inf:
-                outputs.append(Hypothesis(tokens, total, total / length_penalty(length, alpha), False, margin))
+    wanted = finished.score.shape[1]
+    open_scores = score(live.log_probability, length, live.attended)
+    results = []
+    for row in range(len(finished.score)):
+        outputs = [
+            Hypothesis(tokens[: count - 1], total, value, True)
+            for tokens, total, value, count in zip(
+                finished.history[row].tolist(),
+                finished.log_probability[row].tolist(),
+                finished.score[row].tolist(),
+                finished.length[row].tolist(),
+                strict=True,
+            )
+            if value > -torch.inf
+        ]
+        cut = [
+            Hypothesis(tokens, total, value, False)
+            for tokens, total, value in zip(
+                live.history[row].tolist(), live.log_probability[row].tolist(), open_scores[row].tolist(), strict=True
+            )
+            if total > -torch.inf
+        ]
+        results.append([*outputs, *cut[: wanted - len(outputs)]])
+    return results
+
+
+def _merged(results: list[list[Hypothesis]], groups: int, n_best: int) -> list[list[Hypothesis]]:
+    """The outputs of the groups of each source as one list, each output once; finished ones first, then by score."""
+    merged = []
+    for start in range(0, len(results), groups):
+        found = {(tuple(one.tokens), one.finished): one for group in results[start : start + groups] for one in group}
+        acted = tuple(dict.fromkeys(key for one in found.values() for key in one.acted))
+        order = sorted(found.values(), key=lambda one: (not one.finished, -one.score))
+        merged.append([replace(one, acted=acted) for one in order[:n_best]])
+    return merged
 
 
 def _no_finished(batch: int, n_best: int, dtype: torch.dtype, device: torch.device) -> _Finished:
@@ -235,7 +327,7 @@ def _no_finished(batch: int, n_best: int, dtype: torch.dtype, device: torch.devi
 
 
 def _keep_live(live: _Live, keep: Tensor) -> _Live:
-    return _Live(live.history[keep], live.log_probability[keep])
+    return _Live(live.history[keep], live.log_probability[keep], live.attended[keep])
 
 
 def _keep_finished(finished: _Finished, keep: Tensor) -> _Finished:

@@ -21,6 +21,23 @@ NOT_A_NUMBER = (
 
 
 @dataclass(frozen=True)
+class Phrase:
+    """Words that an output must contain, as tokens.
+
+    Attributes:
+        tokens: how they are written anywhere.
+        first: how they are written at the very beginning, if that is another way (no space before them), or None.
+    """
+
+    tokens: tuple[int, ...]
+    first: tuple[int, ...] | None = None
+
+    def ways(self) -> list[tuple[tuple[int, ...], bool]]:
+        """Each way, and whether it holds at the beginning only."""
+        return [(self.tokens, False), *([] if self.first is None else [(self.first, True)])]
+
+
+@dataclass(frozen=True)
 class Request:
     """One input to decode.
 
@@ -31,6 +48,8 @@ class Request:
         source: tokens of the encoder's input, or None for a decoder-only model.
         prefix: number of leading prompt tokens that see each other, or None for a causal model.
         index: the input's number. It keys the random draws, so that batch-mates change no sample.
+        forced: tokens that the output must begin with, fewer than `limit`.
+        phrases: what the output must contain (beam search only).
     """
 
     prompt: list[int]
@@ -38,10 +57,13 @@ class Request:
     source: list[int] | None = None
     prefix: int | None = None
     index: int = 0
+    forced: tuple[int, ...] = ()
+    phrases: tuple[Phrase, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.prompt, "a prompt holds at least one token"
         assert self.limit >= 1, "at least one new token"
+        assert len(self.forced) < self.limit, "room for what is forced, and an end"
 
     @property
     def num_tokens(self) -> int:
@@ -57,11 +79,14 @@ class Hypothesis:
         tokens: the new tokens, without end-of-sequence.
         log_probability: natural log-probability under the model (temperature 1, nothing filtered), of `tokens` and, if
             `finished`, of end-of-sequence.
-        score: `log_probability / length_penalty(length)`, what beams are ranked by.
+        score: `log_probability / length_penalty(length)`, plus the coverage penalty if there is one: what beams are
+            ranked by.
         finished: end-of-sequence was produced; False: the length limit cut the output.
         margin: smallest difference (in log-probability; for sampling in probability) by which a decision on the way to
             this output was taken, infinite unless margins were asked for. Rounding may flip decisions below its own
             size.
+        acted: keys of the rules (`trilemma.decode.rules`) that forbade the likeliest continuation of any hypothesis of
+            this input.
     """
 
     tokens: list[int]
@@ -69,6 +94,7 @@ class Hypothesis:
     score: float
     finished: bool
     margin: float = float("inf")
+    acted: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from trilemma.config import DecodingConfig
 from trilemma.decode.batching import collate, plan_batches
-from trilemma.decode.beam import decode_beam
+from trilemma.decode.beam import check_beam, decode_beam
 from trilemma.decode.hypothesis import Hypothesis, Request, StateType, StepModel
 from trilemma.decode.single import decode_single
 from trilemma.errors import ConfigError
@@ -31,6 +31,7 @@ def decode(
     pad: int,
     device: torch.device | str | None = None,
     margins: bool = False,
+    unk: int | None = None,
 ) -> list[list[Hypothesis]]:
     """Decodes all requests; result i belongs to request i and holds up to `config.n_best` hypotheses, best first.
 
@@ -41,7 +42,7 @@ def decode(
         model: an encoder-decoder or decoder-only model in evaluation mode.
         requests: what to decode; all of one layout.
         config: the method and its settings; `batch_tokens` bounds a batch.
-        eos, pad: token ids.
+        eos, pad, unk: token ids; unk is needed to ban it.
         device: where inputs are put.
         margins: fill `Hypothesis.margin` (a little slower).
 
@@ -50,12 +51,14 @@ def decode(
         TrilemmaError: the model's output is not a number.
     """
     check_decoding(config)
+    if config.method != "beam" and any(request.phrases for request in requests):
+        raise ConfigError(f"phrases need decoding.method=beam; decoding.method={config.method} follows one hypothesis")
     hypotheses = {"greedy": 1, "beam": config.beam_size, "sample": config.n_best}[config.method]
     run = decode_beam if config.method == "beam" else decode_single
     results: list[list[Hypothesis]] = [[] for _ in requests]
     for positions in plan_batches(requests, config.batch_tokens, hypotheses):
         batch = collate([requests[position] for position in positions], pad, device)
-        for position, outputs in zip(positions, run(model, batch, config, eos, pad, margins), strict=True):
+        for position, outputs in zip(positions, run(model, batch, config, eos, pad, margins, unk), strict=True):
             results[position] = outputs
     return results
 
@@ -64,17 +67,15 @@ def check_decoding(config: DecodingConfig) -> None:
     """Refuses settings that exclude each other.
 
     Raises:
-        ConfigError: n_best with greedy decoding, or more of it than the beam holds.
+        ConfigError: n_best with greedy decoding, or a beam that cannot be (`check_beam`).
     """
     if config.method == "greedy" and config.n_best > 1:
         raise ConfigError(
             f"decoding.n_best={config.n_best}: greedy decoding gives one output; "
             "use decoding.method=beam or decoding.method=sample"
         )
-    if config.method == "beam" and config.n_best > config.beam_size:
-        raise ConfigError(
-            f"decoding.n_best={config.n_best} is more than decoding.beam_size={config.beam_size}; raise the beam size"
-        )
+    if config.method == "beam":
+        check_beam(config)
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def compare_with_single(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
     tolerance: float | None = None,
+    unk: int | None = None,
 ) -> BatchingReport:
     """Decodes all requests in batches and one by one, and reports where the best outputs differ.
 
@@ -143,10 +145,10 @@ def compare_with_single(
     Other arguments and errors are those of `decode`.
     """
     allowed = NEAR_TIE[dtype] if tolerance is None else tolerance
-    batched = decode(model, requests, config, eos=eos, pad=pad, device=device, margins=True)
+    batched = decode(model, requests, config, eos=eos, pad=pad, device=device, margins=True, unk=unk)
     disagreements = []
     for index, (request, outputs) in enumerate(zip(requests, batched, strict=True)):
-        alone = decode(model, [request], config, eos=eos, pad=pad, device=device, margins=True)[0]
+        alone = decode(model, [request], config, eos=eos, pad=pad, device=device, margins=True, unk=unk)[0]
         ours, theirs = outputs[0], alone[0]
         if ours.tokens == theirs.tokens and ours.finished == theirs.finished:
             continue

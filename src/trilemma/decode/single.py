@@ -8,6 +8,7 @@ from torch import Tensor
 from trilemma.config import DecodingConfig
 from trilemma.decode.batching import DecodingBatch
 from trilemma.decode.hypothesis import NOT_A_NUMBER, Hypothesis, StateType, StepModel, length_penalty
+from trilemma.decode.rules import Rules
 from trilemma.decode.sampling import draw, uniform
 from trilemma.errors import TrilemmaError
 
@@ -17,7 +18,13 @@ _DROP_FRACTION = 0.25
 
 @torch.no_grad()
 def decode_single(
-    model: StepModel[StateType], batch: DecodingBatch, config: DecodingConfig, eos: int, pad: int, margins: bool = False
+    model: StepModel[StateType],
+    batch: DecodingBatch,
+    config: DecodingConfig,
+    eos: int,
+    pad: int,
+    margins: bool = False,
+    unk: int | None = None,
 ) -> list[list[Hypothesis]]:
     """Greedy decoding, or `config.n_best` independent samples of each input.
 
@@ -31,6 +38,7 @@ def decode_single(
         TrilemmaError: the model's output is not a number.
     """
     copies = config.n_best if config.method == "sample" else 1
+    rules = Rules.of(config, batch, unk)
     logits, state = model.prefill(
         batch.inputs,
         batch.lengths,
@@ -49,13 +57,20 @@ def decode_single(
     smallest = torch.full((len(rows),), torch.inf, dtype=torch.float64)
     ended = torch.zeros(len(rows), dtype=torch.bool)  # by end-of-sequence
     produced = torch.zeros(len(rows), dtype=torch.long)
+    acted = torch.zeros(len(rows), len(rules.keys), dtype=torch.bool)
     for position in range(int(limits.max())):
-        tokens, gaps = _choose(logits, batch.indices, rows, copies, position, config, margins)
+        allowed = logits
+        if rules:
+            owners = (rows // copies).to(device)
+            allowed, acting = rules.apply(logits, history[rows, :position].to(device), owners)
+        tokens, gaps = _choose(allowed, batch.indices, rows, copies, position, config, margins)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         gains = (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(-1)).cpu().double()
         chosen = tokens.cpu()
         active = ~ended[rows]  # rows that are finished but not yet dropped change nothing any more
         at = rows[active]
+        if rules:
+            acted[at] |= acting.cpu()[active]
         totals[at] += gains[active]
         smallest[at] = torch.minimum(smallest[at], gaps[active])
         ended[at] = chosen[active] == eos
@@ -73,7 +88,8 @@ def decode_single(
             state, tokens = state.select(keep), tokens[keep]
         logits, state = model.step(tokens[:, None], state)
         logits = logits[:, -1]
-    return _results(history, produced, totals, smallest, ended, copies, config.length_penalty)
+    keys = [rules.acting(row) for row in acted]
+    return _results(history, produced, totals, smallest, ended, keys, copies, config.length_penalty)
 
 
 def _choose(
@@ -108,6 +124,7 @@ def _results(
     totals: Tensor,
     smallest: Tensor,
     ended: Tensor,
+    acted: list[tuple[str, ...]],
     copies: int,
     alpha: float,
 ) -> list[list[Hypothesis]]:
@@ -118,7 +135,7 @@ def _results(
         zip(produced.tolist(), totals.tolist(), smallest.tolist(), ended.tolist(), strict=True)
     ):
         tokens = history[row, : length - int(done)].tolist()
-        hypothesis = Hypothesis(tokens, total, total / length_penalty(length, alpha), done, gap)
+        hypothesis = Hypothesis(tokens, total, total / length_penalty(length, alpha), done, gap, acted[row])
         if row % copies == 0:
             outputs.append([])
         outputs[-1].append(hypothesis)
