@@ -235,6 +235,16 @@ def test_files(tmp_path: Path) -> None:
         split_texts(no_test, "test")
 
 
+def test_a_document_of_a_file_is_what_it_is_in_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    for documents, wanted in ("file", ["one\ntwo\n"]), ("line", ["one", "two"]):
+        config = config_of(
+            data__task="language-model", model__layout="decoder-only", data__context_length=64,
+            data__train={"path": str(tmp_path / "a.txt"), "options": {"documents": documents}},
+        )  # fmt: skip
+        assert file_texts(config, [tmp_path / "a.txt"]).sources == wanted
+
+
 def test_unknown_metric_and_too_long(tmp_path: Path) -> None:
     model, dataset, config = setup(
         tmp_path, {"train": PAIRS, "test": PAIRS}, model__positions="learned", model__max_length=16,

@@ -49,11 +49,16 @@ def split_texts(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
 def file_texts(config: RunConfig, files: list[Path]) -> Texts:
     """The lines of files given by hand: one file of examples, or a source and a target file.
 
+    What a document of text is (a line, or the whole file) is as in the run's own test data, or else its training data.
+
     Raises:
         ConfigError: more than two files. DataError: missing, empty, misaligned or malformed.
     """
     if len(files) == 1:
-        return _read(config, Source.model_validate({"path": str(files[0])}), "test", files[0].name)
+        train = config.data.train if isinstance(config.data.train, Source) else config.data.train[0]
+        own = (config.data.test or train).options
+        options = {"documents": own["documents"]} if is_streamed(config.data.task) and "documents" in own else {}
+        return _read(config, Source(path=str(files[0]), options=options), "test", files[0].name)
     if len(files) != 2 or is_streamed(config.data.task):
         wanted = "one file" if is_streamed(config.data.task) else "one file of examples, or a source and a target file"
         raise ConfigError(f"a {config.data.task} run is scored on {wanted}; {len(files)} files were given")
