@@ -30,6 +30,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "compare": Verb("trilemma.cli.compare", "candidates x seeds under one budget, and a report of the three corners"),
+    "plan": Verb("trilemma.cli.plan", "what a recipe will cost: parameters, FLOPs, memory, time, money"),
     "train": Verb("trilemma.cli.train", "one model from a YAML config, resumable at any step"),
     "evaluate": Verb("trilemma.cli.evaluate", "signed scores of a run: BLEU, chrF, accuracy, perplexity"),
     "generate": Verb("trilemma.cli.generate", "stdin to stdout, one line in, one line out"),
@@ -40,6 +41,7 @@ VERBS: dict[str, Verb] = {
     "bench": Verb("trilemma.cli.bench", "cost curves: prefill, time per token, state bytes against context"),
     "show": Verb("trilemma.cli.show", "what its layers look at: attention maps, alignments, mixing matrices"),
     "import": Verb("trilemma.cli.import_", "a model in the Hugging Face layout becomes a run"),
+    "export": Verb("trilemma.cli.export", "a run for other programs: ctranslate2, onnx, torch-export"),
     "data": Verb("trilemma.cli.data", "data check: encoding, alignment, duplicates, overlap, lengths"),
     "doctor": Verb("trilemma.cli.doctor", "what this machine offers, what will be used, and why"),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from trilemma.data import Tokenizer
 from trilemma.errors import BackendError, ConfigError
 from trilemma.runs import files
 
@@ -67,3 +70,12 @@ def optional_package(name: str, target: str, install: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise BackendError(f"--to {target} needs the package {name} ({error}); pip install {install}") from None
+
+
+def tokenizer_file(tokenizer: Tokenizer) -> tuple[str, bytes]:
+    """Name and content of the file in which others read a tokenizer: tokenizer.json, or a SentencePiece model."""
+    values = json.loads(tokenizer.serialize())
+    values = values.get("tokenizer", values)  # with the ids that an imported model fixed
+    if "model" in values and isinstance(values["model"], str):
+        return "tokenizer.model", base64.b64decode(values["model"])
+    return "tokenizer.json", json.dumps(values, ensure_ascii=False).encode()
