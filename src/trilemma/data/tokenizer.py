@@ -13,12 +13,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from trilemma.config import TokenizerConfig
+from trilemma.data.backends import BOUND, SENTENCEPIECE, Backend, Bound, HuggingFace, Offsets, SentencePiece
 from trilemma.data.unigram import WordCounter, repeatable
 from trilemma.errors import CheckpointError, ConfigError, DataError
 
@@ -35,85 +36,6 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "sep": ("<sep>", "[SEP]"),
     "mask": ("<mask>", "[MASK]"),
 }
-_SENTENCEPIECE = "trilemma-sentencepiece"
-_BOUND = "trilemma-bound"
-
-
-class _Backend(Protocol):
-    """What turns text into ids: a `tokenizers` object or a SentencePiece processor."""
-
-    size: int
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-    def serialize(self) -> str: ...
-
-
-class _HuggingFace:
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        tokenizer.encode_special_tokens = True  # "<eos>" in a text is text
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self.tokenizer = tokenizer
-        self.size = tokenizer.get_vocab_size(with_added_tokens=True)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [item.ids for item in encoded]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
-
-    def serialize(self) -> str:
-        return self.tokenizer.to_str(pretty=False)
-
-
-class _SentencePiece:
-    def __init__(self, model: bytes, lowercase: bool, where: str) -> None:
-        try:
-            import sentencepiece
-        except ImportError:
-            raise DataError(f"{where}: a SentencePiece model needs the package: pip install sentencepiece") from None
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(f"{where}: not a SentencePiece model: {error}") from None
-        self.model, self.lowercase = model, lowercase
-        self.size = int(self.processor.get_piece_size())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        prepared = [text.lower() for text in texts] if self.lowercase else list(texts)
-        return cast("list[list[int]]", self.processor.encode(prepared, out_type=int))
-
-    def decode(self, ids: list[int]) -> str:
-        return cast(str, self.processor.decode(ids))
-
-    def serialize(self) -> str:
-        model = base64.b64encode(self.model).decode("ascii")
-        return json.dumps({"format": _SENTENCEPIECE, "version": 1, "lowercase": self.lowercase, "model": model})
-
-
-class _Bound:
-    """A tokenizer whose special ids and vocabulary size a model has fixed: it is left as it is, and nothing is added.
-
-    Ids from the tokenizer's own size up to `size` (the padding of an embedding table) stand for no text.
-    """
-
-    def __init__(self, inner: _Backend, special: Mapping[str, int], size: int) -> None:
-        self.inner, self.special, self.size = inner, dict(special), size
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.inner.encode_batch(texts)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode([index for index in ids if index < self.inner.size])
-
-    def serialize(self) -> str:
-        inner = json.loads(self.inner.serialize())
-        values = {"format": _BOUND, "version": 1, "special": self.special, "vocab_size": self.size}
-        return json.dumps({**values, "tokenizer": inner}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -124,7 +46,7 @@ class Tokenizer:
     bpe and unigram `decode(encode(text)) == text` for every valid text (lower-cased where asked for).
     """
 
-    backend: _Backend
+    backend: Backend
     pad: int
     bos: int
     eos: int
@@ -150,6 +72,14 @@ class Tokenizer:
             for number, text in enumerate(texts, start=1):
                 _check_text(text, number)
             raise
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids of one text, and the characters of the raw text that each of them stands for.
+
+        Tokens that share a character (parts of its bytes) both hold it; a token may hold the space before its word.
+        """
+        _check_text(text, 1)
+        return self.backend.encode_with_offsets(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ids are left out, except `unk`.
@@ -198,16 +128,16 @@ class Tokenizer:
         if not content:
             raise DataError(f"{where}: the file is empty")
         if content.lstrip()[:1] != b"{":
-            return _from_sentencepiece(_SentencePiece(content, False, where))
+            return _from_sentencepiece(SentencePiece(content, False, where))
         try:
             values = json.loads(content.decode("utf-8"))
         except ValueError as error:
             raise DataError(f"{where}: not a tokenizer.json: {error}") from None
-        if values.get("format") in (_SENTENCEPIECE, _BOUND) and values.get("version") != 1:
+        if values.get("format") in (SENTENCEPIECE, BOUND) and values.get("version") != 1:
             raise CheckpointError(f"{where}: version {values.get('version')} is newer than this trilemma; upgrade")
-        if values.get("format") == _SENTENCEPIECE:
+        if values.get("format") == SENTENCEPIECE:
             return _from_sentencepiece(_stored_sentencepiece(values, where))
-        if values.get("format") == _BOUND:
+        if values.get("format") == BOUND:
             inner = json.dumps(values["tokenizer"]).encode()
             return cls.bound(inner, where, values["special"], values["vocab_size"])
         try:
@@ -239,34 +169,34 @@ class Tokenizer:
                     f"{where}: the tokenizer does not match the vocabulary: its {role} id {special[role]} is outside "
                     f"the model's {vocab_size} entries"
                 )
-        return _finish(_Bound(inner, special, vocab_size), [special[role] for role in ROLES], vocab_size)
+        return _finish(Bound(inner, special, vocab_size), [special[role] for role in ROLES], vocab_size)
 
     def lowercased(self) -> Tokenizer:
         """The same vocabulary; text is lower-cased before it is encoded, wherever the tokenizer is used."""
-        if isinstance(self.backend, _Bound):
+        if isinstance(self.backend, Bound):
             lowered = Tokenizer.parse(self.backend.inner.serialize().encode(), "tokenizer").lowercased()
             return Tokenizer.bound(lowered.serialize().encode(), "tokenizer", self.backend.special, self.vocab_size)
-        if isinstance(self.backend, _SentencePiece):
-            return _from_sentencepiece(_SentencePiece(self.backend.model, True, "tokenizer"))
+        if isinstance(self.backend, SentencePiece):
+            return _from_sentencepiece(SentencePiece(self.backend.model, True, "tokenizer"))
         copy = tokenizers.Tokenizer.from_str(self.serialize())
         lower = normalizers.Lowercase()
         copy.normalizer = lower if copy.normalizer is None else normalizers.Sequence([lower, copy.normalizer])
         return _from_tokenizers(copy)
 
 
-def _stored_sentencepiece(values: Mapping[str, Any], where: str) -> _SentencePiece:
-    return _SentencePiece(base64.b64decode(values["model"]), bool(values["lowercase"]), where)
+def _stored_sentencepiece(values: Mapping[str, Any], where: str) -> SentencePiece:
+    return SentencePiece(base64.b64decode(values["model"]), bool(values["lowercase"]), where)
 
 
-def _plain_backend(content: bytes, where: str) -> _Backend:
+def _plain_backend(content: bytes, where: str) -> Backend:
     """A tokenizer.json (also ours of a SentencePiece model) or a SentencePiece model, with nothing added."""
     if content.lstrip()[:1] != b"{":
-        return _SentencePiece(content, False, where)
+        return SentencePiece(content, False, where)
     try:
         values = json.loads(content.decode("utf-8"))
-        if values.get("format") == _SENTENCEPIECE:
+        if values.get("format") == SENTENCEPIECE:
             return _stored_sentencepiece(values, where)
-        return _HuggingFace(_settled(tokenizers.Tokenizer.from_str(content.decode("utf-8"))))
+        return HuggingFace(_settled(tokenizers.Tokenizer.from_str(content.decode("utf-8"))))
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"{where}: not a tokenizer.json: {error}") from None
 
@@ -280,7 +210,7 @@ def _check_text(text: object, number: int) -> None:
         raise DataError(f"text {number}: not valid Unicode at character {error.start + 1}") from None
 
 
-def _finish(backend: _Backend, ids: list[int], size: int) -> Tokenizer:
+def _finish(backend: Backend, ids: list[int], size: int) -> Tokenizer:
     digest = hashlib.sha256(backend.serialize().encode("utf-8")).hexdigest()
     pad, bos, eos, unk, sep, mask = ids
     return Tokenizer(backend, pad, bos, eos, unk, sep, mask, vocab_size=size, fingerprint=digest)
@@ -298,7 +228,7 @@ def _from_tokenizers(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
     if missing:
         tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in missing])
     ids = [cast(int, tokenizer.token_to_id(name)) for name in names]
-    backend = _HuggingFace(_settled(tokenizer))
+    backend = HuggingFace(_settled(tokenizer))
     return _finish(backend, ids, max(backend.size, max(ids) + 1))
 
 
@@ -314,7 +244,7 @@ def _settled(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     raise AssertionError("a tokenizer's file does not settle")
 
 
-def _from_sentencepiece(backend: _SentencePiece) -> Tokenizer:
+def _from_sentencepiece(backend: SentencePiece) -> Tokenizer:
     processor = backend.processor
     own = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id(), -1, -1]
     for position in (SEP, MASK):
