@@ -31,9 +31,56 @@ class Case:
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 _LLAMA = {
     **_IDS,
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
 }
+_GPT2 = {**_IDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}
+_BERT = {
+    **_IDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+_ROBERTA = {**_BERT, "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_MARIAN = {
+    "vocab_size": VOCABULARY,
+    "decoder_vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": PAD,
+    "forced_eos_token_id": None,
+    "d_model": 32,
+    "max_position_embeddings": 40,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "scale_embedding": True,
+    "activation_function": "swish",
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": PAD,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+}
+_MAMBA = {**_IDS, "hidden_size": 32, "num_hidden_layers": 3}
+_MAMBA2 = {**_MAMBA, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
 
 
 def _rope(theta: float) -> dict[str, Any]:
@@ -53,8 +100,40 @@ CASES = {
         transformers.Qwen2Config,
         {
             **{key: value for key, value in _LLAMA.items() if key != "head_dim"},
-            **{"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
         },
+    ),
+    "gpt2": Case("GPT2LMHeadModel", transformers.GPT2Config, _GPT2),
+    "gpt2-untied": Case(
+        "GPT2LMHeadModel",
+        transformers.GPT2Config,
+        {**_GPT2, "tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu", "eos_token_id": PAD},
+    ),
+    "bert-masked": Case("BertForMaskedLM", transformers.BertConfig, _BERT, "masked"),
+    "bert-pretraining": Case("BertForPreTraining", transformers.BertConfig, _BERT, "masked"),
+    "bert-classifier": Case(
+        "BertForSequenceClassification",
+        transformers.BertConfig,
+        {**_BERT, "id2label": {0: "sad", 1: "so-so", 2: "glad"}, "label2id": {"sad": 0, "so-so": 1, "glad": 2}},
+        "classifier",
+    ),
+    "bert-bare": Case("BertModel", transformers.BertConfig, _BERT, "encoder"),
+    "roberta-masked": Case("RobertaForMaskedLM", transformers.RobertaConfig, _ROBERTA, "masked"),
+    "roberta-classifier": Case("RobertaForSequenceClassification", transformers.RobertaConfig, _ROBERTA, "classifier"),
+    "marian": Case("MarianMTModel", transformers.MarianConfig, _MARIAN, "seq2seq"),
+    "t5": Case("T5ForConditionalGeneration", transformers.T5Config, _T5, "seq2seq"),
+    "flan-t5": Case(
+        "T5ForConditionalGeneration",
+        transformers.T5Config,
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "scale_decoder_outputs": False},
+        "seq2seq",
+    ),
+    "mamba": Case("MambaForCausalLM", transformers.MambaConfig, {**_MAMBA, "state_size": 4, "use_bias": True}),
+    "mamba2": Case("Mamba2ForCausalLM", transformers.Mamba2Config, _MAMBA2),
+    "mamba2-tied": Case(
+        "Mamba2ForCausalLM", transformers.Mamba2Config, {**_MAMBA2, "n_groups": 1, "tie_word_embeddings": True}
     ),
     "qwen3": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, "head_dim": 16, **_rope(1e6)}),
 }

@@ -17,6 +17,7 @@ from trilemma.runs.load import LoadedRun, load_run
 
 TOLERANCE = 2e-5  # of the largest logit
 LENGTHS = [9, 1, 5]
+GENERATING = [name for name, case in CASES.items() if case.kind in ("decoder", "seq2seq")]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -34,8 +35,12 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @torch.no_grad()
 def theirs_alone(name: str, model: Any, row: list[int], source: list[int] | None) -> Tensor:
-    """[L, V] of one row without padding."""
+    """[L, V] of one row without padding; of a classifier [labels], of a bare encoder what it computes [L, d_model]."""
     inputs = torch.tensor([row])
+    if CASES[name].kind == "encoder":
+        return model(input_ids=inputs).last_hidden_state[0]
+    if CASES[name].cls.endswith("ForPreTraining"):
+        return model(input_ids=inputs).prediction_logits[0]
     if source is None:
         return model(input_ids=inputs).logits[0]
     return model(input_ids=torch.tensor([source]), decoder_input_ids=inputs).logits[0]
@@ -61,14 +66,14 @@ def test_whole_and_padded(pair: tuple[str, Any, LoadedRun]) -> None:
     hidden = run.model(inputs, lengths, **memory(sources))
     for i, line in enumerate(lines):
         want = theirs_alone(name, theirs, line, sources[i] if sources else None)
-        close(run.model.head(hidden[i] if hidden.ndim == 2 else hidden[i, : len(line)]), want)
+        ours = hidden[i] if hidden.ndim == 2 else hidden[i, : len(line)]
+        close(ours if CASES[name].kind == "encoder" else run.model.head(ours), want)
 
 
+@pytest.mark.parametrize("pair", GENERATING, indirect=True, scope="module")
 @torch.no_grad()
 def test_in_chunks_and_steps(pair: tuple[str, Any, LoadedRun]) -> None:
     name, theirs, run = pair
-    if CASES[name].kind not in ("decoder", "seq2seq"):
-        pytest.skip("an encoder has no steps")
     lines, sources = drawn(name)
     inputs, lengths = padded(lines)
     state = run.model.begin(len(lines), **memory(sources))
@@ -83,11 +88,10 @@ def test_in_chunks_and_steps(pair: tuple[str, Any, LoadedRun]) -> None:
         close(got[i, : len(line)], theirs_alone(name, theirs, line, sources[i] if sources else None))
 
 
+@pytest.mark.parametrize("pair", GENERATING, indirect=True, scope="module")
 @torch.no_grad()
 def test_same_greedy_tokens(pair: tuple[str, Any, LoadedRun]) -> None:
     name, theirs, run = pair
-    if CASES[name].kind not in ("decoder", "seq2seq"):
-        pytest.skip("an encoder generates nothing")
     lines = rows(3, [6, 2, 1])
     limit, tokenizer = 15, run.tokenizer
     if CASES[name].kind == "seq2seq":
@@ -117,7 +121,8 @@ def test_every_weight_is_accounted_for(name: str, tmp_path: Path) -> None:
 
     held: dict[str, Tensor] = {}
     edit_weights(tmp_path / "hf", held.update)
-    victim = max((key for key in held if "embed" not in key and "shared" not in key), key=lambda key: held[key].numel())
+    inner = [key for key in held if not any(part in key for part in ("embed", "shared", "pooler", "lm_head"))]
+    victim = max(inner, key=lambda key: held[key].numel())
     edit_weights(tmp_path / "hf", lambda tensors: tensors.pop(victim))
     attempt(f'"{victim}" .* is missing')
     edit_weights(tmp_path / "hf", lambda tensors: tensors.update({victim: held[victim][..., :-1].contiguous()}))

@@ -52,6 +52,8 @@ def import_model(
         CheckpointError: a file is missing, damaged or a pickle; a weight is missing, left over or of wrong shape.
         DataError: the tokenizer does not match the vocabulary.
     """
+    if RunDirectory(out).exists():
+        raise CheckpointError(f"{out}: holds a run already; choose another --out")
     directory = _located(path, download)
     values = read_json(directory / "config.json")
     if not values:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -105,37 +104,25 @@ class LeftOut:
 Rule = Weight | Zeros | LeftOut
 
 
-class Source(Protocol):
-    """Named tensors to import."""
-
-    where: str
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> Shape: ...
-
-    def get(self, name: str) -> Tensor: ...
-
-
 @dataclass
 class Renamed:
-    """A source under other names.
+    """A directory's tensors under the names that a map has for them.
 
     Args:
-        source: whose names.
+        source: the directory's files.
         prefix: of the base model; files of the bare model lack it, and then it is put before every name.
         endings: old endings of names and what they are called now.
     """
 
-    source: Source
+    source: TensorFiles
     prefix: str = ""
     endings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.where = self.source.where
         held = self.source.names()
-        bare = bool(self.prefix) and not any(name.startswith(self.prefix) for name in held)
-        self._known = {(self.prefix if bare else "") + self._modern(name): name for name in held}
+        self._bare = bool(self.prefix) and not any(name.startswith(self.prefix) for name in held)
+        self._known = {(self.prefix if self._bare else "") + self._modern(name): name for name in held}
 
     def _modern(self, name: str) -> str:
         for old, new in self.endings.items():
@@ -154,6 +141,10 @@ class Renamed:
     def get(self, name: str) -> Tensor:
         """A tensor."""
         return self.source.get(self._known[name])
+
+    def real(self, name: str) -> str:
+        """The name in the files, also of a tensor that they lack."""
+        return self._known.get(name, name.removeprefix(self.prefix) if self._bare else name)
 
 
 class TensorFiles:
@@ -245,7 +236,7 @@ def _check_index(directory: Path, paths: Mapping[str, Path]) -> None:
             raise CheckpointError(f'{directory / file}: the tensor "{name}" is missing; {_INDEX} lists it')
 
 
-def read(source: Source, rules: Sequence[Rule], needed: Mapping[str, Shape]) -> tuple[dict[str, Tensor], list[str]]:
+def read(source: Renamed, rules: Sequence[Rule], needed: Mapping[str, Shape]) -> tuple[dict[str, Tensor], list[str]]:
     """Our tensors, every one of theirs accounted for.
 
     Args:
@@ -274,43 +265,50 @@ def read(source: Source, rules: Sequence[Rule], needed: Mapping[str, Shape]) -> 
             _check_value(source, rule, names)
             held -= set(names)
             if names:
-                notes.append(f"left out: {', '.join(_short(names))} ({rule.why})")
+                shown = _short([source.real(name) for name in names])
+                notes.append(f"left out: {', '.join(shown)} ({rule.why})")
     if held:
         first = sorted(held)[0]
         raise CheckpointError(
-            f'{source.where}: the tensor "{first}" {list(source.shape(first))} is left over ({len(held)} in all): '
-            "this architecture has no place for it"
+            f'{source.where}: the tensor "{source.real(first)}" {list(source.shape(first))} is left over '
+            f"({len(held)} in all): this architecture has no place for it"
         )
     return result, notes
 
 
-def _inward(source: Source, rule: Weight, shape: Shape, held: set[str]) -> Tensor:
+def _inward(source: Renamed, rule: Weight, shape: Shape, held: set[str]) -> Tensor:
     names = list(rule.names)
     found = [name for name in rule.aliases if name in held]
     if found and names[0] not in held:
         names = [found.pop(0)]
     for name, wanted in zip(names, rule.shapes(shape), strict=True):
         if name not in held:
-            raise CheckpointError(f'{source.where}: the tensor "{name}" {list(wanted)} is missing ({rule.ours})')
+            raise CheckpointError(
+                f'{source.where}: the tensor "{source.real(name)}" {list(wanted)} is missing ({rule.ours})'
+            )
         if source.shape(name) != wanted:
             raise CheckpointError(
-                f'{source.where}: the tensor "{name}" has shape {list(source.shape(name))}, needed {list(wanted)} '
-                f"({rule.ours})"
+                f'{source.where}: the tensor "{source.real(name)}" has shape {list(source.shape(name))}, needed '
+                f"{list(wanted)} ({rule.ours})"
             )
     tensors = [source.get(name) for name in names]
     for alias in found:
         if source.shape(alias) != tensors[0].shape or not torch.equal(source.get(alias), tensors[0]):
-            raise CheckpointError(f'{source.where}: "{alias}" and "{names[0]}" are tied, but differ')
+            raise CheckpointError(
+                f'{source.where}: "{source.real(alias)}" and "{source.real(names[0])}" are tied, but differ'
+            )
     held.difference_update(names, rule.aliases)
     return rule.inward(tensors)
 
 
-def _check_value(source: Source, rule: LeftOut, names: Sequence[str]) -> None:
+def _check_value(source: Renamed, rule: LeftOut, names: Sequence[str]) -> None:
     for name in names if rule.value is not None else ():
         assert rule.value is not None
         same = source.shape(name) == tuple(rule.value.shape)
         if not same or not torch.allclose(source.get(name).float(), rule.value.float(), atol=1e-4):
-            raise CheckpointError(f'{source.where}: the tensor "{name}" is not what it must be: {rule.why}')
+            raise CheckpointError(
+                f'{source.where}: the tensor "{source.real(name)}" is not what it must be: {rule.why}'
+            )
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -39,8 +39,9 @@ def split_texts(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
     """
     source: Source | None = getattr(config.data, split)
     if source is None:
-        train = config.data.train if isinstance(config.data.train, Source) else config.data.train[0]
-        if train.generated is None:
+        sources = [config.data.train] if isinstance(config.data.train, Source) else config.data.train
+        train = sources[0] if sources else None  # an imported run brings no data
+        if train is None or train.generated is None:
             raise DataError(f"there is no {split} data: set data.{split} in the config, or name files to score")
         source = train.model_copy(update={"size": None, "weight": 1.0})
     return _read(config, source, split, split)

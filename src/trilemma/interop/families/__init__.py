@@ -1,8 +1,13 @@
 """The families of models that can be imported and exported, one file each."""
 
 from trilemma.interop.families.base import Family
+from trilemma.interop.families.bert import BERT
+from trilemma.interop.families.gpt2 import GPT2
 from trilemma.interop.families.llama import LLAMA
+from trilemma.interop.families.mamba import MAMBA
+from trilemma.interop.families.marian import MARIAN
+from trilemma.interop.families.t5 import T5
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, GPT2, BERT, MARIAN, T5, MAMBA)
 
 __all__ = ["FAMILIES", "Family"]

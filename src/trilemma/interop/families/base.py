@@ -10,6 +10,8 @@ from trilemma.config import ModelConfig, RunConfig
 from trilemma.errors import CapabilityError
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import Rule
+from trilemma.mixers.attention import Attention
+from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.models import SequenceModel
 
 Task = Literal["seq2seq", "language-model", "classification", "masked-language-model"]
@@ -96,3 +98,25 @@ def require(config: ModelConfig, family: str, **wanted: object) -> None:
         found = getattr(config, name)
         if found != value:
             raise CapabilityError(f"{family}: model.{name} is {found!r}, needed {value!r}")
+
+
+def plain_attention(model: SequenceModel, family: str) -> None:
+    """Refuses a model with any mixer but whole, unplaced attention with biases, as in the Transformer of 2017.
+
+    Raises:
+        CapabilityError: names the mixer.
+    """
+    width = model.config.d_model
+    for mixer in model.mixers():
+        usual = isinstance(mixer, (Attention, CrossAttention))
+        if isinstance(mixer, (Attention, CrossAttention)):
+            heads = mixer.num_heads == mixer.num_kv_heads == model.config.num_heads
+            usual = heads and mixer.num_heads * mixer.head_dim == width and mixer.out.bias is not None
+            usual = usual and mixer.scale is None
+        if isinstance(mixer, Attention):
+            usual = usual and mixer.position == "none" and mixer.window is None and mixer.query_norm is None
+        if not usual:
+            raise CapabilityError(
+                f"{family}: every mixer must be attention with model.num_heads whole heads and biases, without window, "
+                f"rotations or scale of its own; found {mixer.name}"
+            )
