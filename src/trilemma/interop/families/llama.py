@@ -161,16 +161,18 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": first.rotary_base},
         "tie_word_embeddings": config.tie_embeddings,
     }
-    if qk_norm:
+    more: dict[str, Any] = {}
+    if qk_norm or (any(windows) and (bias or len(set(windows)) > 1)):
         types = ["sliding_attention" if window else "full_attention" for window in windows]
-        kind, more = "qwen3", {"attention_bias": bias, "layer_types": types}
+        kind, more["layer_types"] = "qwen3" if qk_norm else "qwen2", types
+        more |= {"attention_bias": bias} if qk_norm else {}
         if any(windows):
             more |= {"use_sliding_window": True, "sliding_window": max(filter(None, windows)), "max_window_layers": 0}
     elif any(windows):
-        kind, more = "mistral", {"sliding_window": windows[0]}
+        kind, more["sliding_window"] = "mistral", windows[0]
     else:
         kind, more = "llama", {"attention_bias": bias, "mlp_bias": config.bias}
-    architecture = {"qwen3": "Qwen3", "mistral": "Mistral", "llama": "Llama"}[kind]
+    architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "llama": "Llama"}[kind]
     return {"model_type": kind, "architectures": [f"{architecture}ForCausalLM"], **values, **more}
 
 
