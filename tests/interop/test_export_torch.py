@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,25 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from export_cases import LIMIT, documented, make_run, outputs
 from safetensors.torch import load_file
 
 import trilemma
-from trilemma.config import RunConfig, merge, parse
-from trilemma.data.tokenizer import symbol_tokenizer
-from trilemma.decode import Prompts, Request, decode
 from trilemma.errors import CapabilityError, ConfigError, LawError
 from trilemma.interop import export_torch
 from trilemma.interop.program import largest_difference, make_programs
 from trilemma.interop.target import ExportOptions, new_folder
-from trilemma.models import build_model
 from trilemma.nn.cache import RingCache
 from trilemma.registry import mixer_class
 from trilemma.runs.load import LoadedRun
 
-ROOT = Path(__file__).parents[2]
-SYMBOLS = [f"s{number}" for number in range(30)]
 LINES = ["s3 s4 s5 s6 s7", "s29", "", "s1 s1 s2 s9 s9 s20 s11"]
-LIMIT = 12
 
 # Mixers of a stack, where one alone will not do.
 STACKS: dict[str, Any] = {"yoco": ["gru", "yoco"]}
@@ -51,32 +44,6 @@ for folder in sys.stdin:
     sys.stdin = sys.__stdin__
     print(json.dumps(out.getvalue().splitlines()), flush=True)
 """
-
-
-def make_run(layout: str, mixer: Any, **changes: Any) -> LoadedRun:
-    """A model of random weights that prefers text to special ids, and ends by itself."""
-    torch.manual_seed(7)
-    tokenizer = symbol_tokenizer(SYMBOLS)
-    values: dict[str, Any] = {"layout": layout, "vocab_size": tokenizer.vocab_size, "d_model": 16, "d_ff": 16}
-    values |= {
-        "num_layers": 2 if isinstance(mixer, list) else 1,
-        "num_heads": 2,
-        "mixer": mixer,
-        "logit_bias": True,
-        "tie_embeddings": False,
-    }
-    data = {"max_source_length": 8, "max_target_length": 12}
-    config = parse(
-        RunConfig, merge({"model": values, "data": data}, {k.replace("__", "."): v for k, v in changes.items()})
-    )
-    model = build_model(config.model).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.4)
-        assert model.logit_bias is not None
-        model.logit_bias[:6] = -30.0
-        model.logit_bias[tokenizer.eos] = 1.0
-    return LoadedRun(model, tokenizer, config, None)  # type: ignore[arg-type]
 
 
 def export(run: LoadedRun, path: Path, **options: Any) -> dict[str, Any]:
@@ -106,27 +73,14 @@ class Elsewhere:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)
-    script = tmp_path_factory.mktemp("script") / "decode.py"
-    script.write_text(next(block for block in blocks if "torch.export.load" in block), encoding="utf-8")
+    script = documented(tmp_path_factory.mktemp("script") / "decode.py", "torch.export.load")
     process = Elsewhere(script)
     yield process
     process.close()
 
 
-def greedy(run: LoadedRun) -> list[str]:
-    """Our outputs for LINES, each decoded alone, as the script does; an empty line too."""
-    settings = run.config.decoding.model_copy(update={"method": "greedy", "max_length": LIMIT})
-    outputs = []
-    for request in Prompts(run.tokenizer, run.config).requests(LINES, settings):
-        assert isinstance(request, Request)
-        ((output,),) = decode(run.model, [request], settings, eos=run.tokenizer.eos, pad=run.tokenizer.pad)
-        outputs.append(run.tokenizer.decode(output.tokens))
-    return outputs
-
-
 def same_outputs(run: LoadedRun, folder: Path, elsewhere: Elsewhere) -> None:
-    ours = greedy(run)
+    ours = outputs(run, LINES, method="greedy")
     assert elsewhere.outputs(folder) == ours
     assert len(set(ours)) > 1, "the outputs depend on the input"
 

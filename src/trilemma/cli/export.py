@@ -24,6 +24,8 @@ class Target:
 _STEP = frozenset({"rows", "context", "source_length"})
 
 TARGETS: dict[str, Target] = {
+    "ctranslate2": Target("trilemma.interop.export_ctranslate2", frozenset({"quantization"})),
+    "hf": Target("trilemma.interop.export_hf"),
     "torch-export": Target("trilemma.interop.export_torch", _STEP),
 }
 
