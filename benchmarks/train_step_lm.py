@@ -1,4 +1,4 @@
-"""The training step of a decoder-only language model: ours against Hugging Face Llama, litgpt and torchscale's RetNet.
+"""The training step of a decoder-only language model: ours against Hugging Face's, litgpt and torchscale.
 
     python benchmarks/train_step_lm.py                 # the whole study, in the size of the gate
     python benchmarks/train_step_lm.py --tiny          # does everything run?
@@ -6,8 +6,9 @@
 
 Every system trains the same shape on the same random tokens: vocabulary 8,192, d_model 384, 6 layers, 6 heads, length
 512, batch 8, bf16 autocast over float32 weights, gradient clipping, fused AdamW. A step is: forward, loss, backward,
-clip, optimizer, gradients dropped. Attention is compared with attention, retention with retention; the numbers of
-weights must agree within 1 %. Each system is called as its users call it; ours as `trilemma train` does.
+clip, optimizer, gradients dropped. Attention is compared with attention, retention with retention, Mamba-2 with
+Mamba-2; the numbers of weights must agree within 1 %. Each system is called as its users call it; ours as `trilemma
+train` does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ GATE = {"vocab_size": 8192, "d_model": 384, "d_ff": 1024, "num_layers": 6, "num_
 TINY = {"vocab_size": 128, "d_model": 48, "d_ff": 128, "num_layers": 2, "num_heads": 2, "length": 64, "batch": 2}
 
 # pairs that are compared: ours, peer
-PAIRS = [("ours-attention", "llama"), ("ours-attention", "litgpt"), ("ours-retention", "torchscale")]
+PAIRS = [
+    ("ours-attention", "llama"),
+    ("ours-attention", "litgpt"),
+    ("ours-retention", "torchscale"),
+    ("ours-mamba2", "mamba2"),
+]
 PACKAGES = ("torch", "transformers", "litgpt", "torchscale", "trilemma")
 
 
@@ -54,7 +60,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 System = tuple[nn.Module, Step]
 
 
-def ours(size: Size, mixer: dict[str, Any], compiled: bool, device: str) -> System:
+def ours(size: Size, mixer: dict[str, Any], compiled: bool, device: str, **options: Any) -> System:
     """Our model with the trainer's own loss; blocks are compiled as the trainer compiles them."""
     from trilemma.machine import keep_freed_memory
     from trilemma.models import build_model
@@ -66,7 +72,7 @@ def ours(size: Size, mixer: dict[str, Any], compiled: bool, device: str) -> Syst
             "layout": "decoder-only", "mixer": mixer, "vocab_size": size.vocab_size, "d_model": size.d_model,
             "d_ff": size.d_ff, "num_layers": size.num_layers, "num_heads": size.num_heads, "norm": "rmsnorm",
             "norm_position": "pre", "activation": "swiglu", "bias": False, "positions": "none", "tie_embeddings": False,
-            "embedding_scale": False, "dropout": 0.0,
+            "embedding_scale": False, "dropout": 0.0, **options,
         }
     ).to(device)  # fmt: skip
     if compiled:
@@ -153,6 +159,28 @@ def torchscale(size: Size, compiled: bool, device: str) -> System:
     return model, step
 
 
+def mamba2(size: Size, compiled: bool, device: str) -> System:
+    """Hugging Face's Mamba-2 on its torch path, with its own loss; blocks without feed-forward layers."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    head_dim = min(64, size.d_model)
+    config = Mamba2Config(
+        vocab_size=size.vocab_size, hidden_size=size.d_model, num_hidden_layers=size.num_layers, state_size=128,
+        expand=2, head_dim=head_dim, num_heads=2 * size.d_model // head_dim, n_groups=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Mamba2ForCausalLM(config).to(device)
+    run = torch.compile(model) if compiled else model
+
+    def step(tokens: Tensor, labels: Tensor) -> Tensor:
+        with autocast(device):
+            logits = run(input_ids=tokens, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        loss.backward()
+        return loss.detach()
+
+    return model, step
+
+
 def _without_timm() -> None:
     """torchscale takes one function of timm, for stochastic depth, which is off here; timm itself needs torchvision."""
     for name in ("timm", "timm.models", "timm.models.layers"):
@@ -165,6 +193,10 @@ SYSTEMS: dict[str, Callable[[Size, bool, str], System]] = {
         size, {"name": "attention", "position": "rotary", "bias": False}, compiled, device
     ),
     "ours-retention": lambda size, compiled, device: ours(size, {"name": "retention"}, compiled, device),
+    "ours-mamba2": lambda size, compiled, device: ours(
+        size, {"name": "mamba2", "head_dim": min(64, size.d_model)}, compiled, device, feed_forward=False
+    ),
+    "mamba2": mamba2,
     "llama": llama,
     "litgpt": litgpt,
     "torchscale": torchscale,
@@ -225,7 +257,7 @@ def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
             say(f"{own} against {peer}, {mode}")
             commands = [[*base, "--worker", name, "--mode", mode] for name in (own, peer)]
             try:
-                _same_size(*(run_worker([*command, "--steps", "1", "--warm-up", "1"]) for command in commands))
+                same_size(*(run_worker([*command, "--steps", "1", "--warm-up", "1"]) for command in commands))
                 result = duel(commands[0], commands[1], "step_ms", arguments.rounds)
             except WorkerError as error:
                 say(f"  not measured: {error}")
@@ -241,7 +273,8 @@ def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
     return {"benchmark": "train_step_lm", "size": asdict(size), "duels": duels, **provenance(PACKAGES)}
 
 
-def _same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:
+def same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:
+    """Refuses to compare models of different sizes."""
     ratio = own["parameters"] / peer["parameters"]
     if abs(ratio - 1) > 0.01:
         raise WorkerError(f"sizes differ: ours {own['parameters']:,}, peer {peer['parameters']:,} weights")
