@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from trilemma.errors import ConfigError, nearest
+from trilemma.sections import QualityConfig, SplitConfig
 from trilemma.settings import DEFAULT_MIXERS, Origin, yaml_text
 from trilemma.settings import apply_overrides as apply_overrides
 from trilemma.settings import merge as merge
@@ -123,6 +124,8 @@ class DataConfig(Section):
     train: Source | list[Source] = Source(generated="numbers")
     valid: Source | None = None
     test: Source | None = None
+    split: SplitConfig | None = Field(None, description="valid and test taken out of train, without leaks")
+    overlap: Literal["keep", "drop"] = Field("keep", description="training examples with a side in valid or test")
     source_language: str | None = None
     target_language: str | None = None
     bleu_tokenizer: Literal["auto", "none", "13a", "intl", "zh", "char"] = Field(
@@ -180,7 +183,8 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(3, ge=1)
     validate_every: int | None = Field(None, ge=1, description="steps; None: at every checkpoint")
-    patience: int | None = Field(None, ge=1, description="validations without a better loss before stopping")
+    patience: int | None = Field(None, ge=1, description="validations without a better one before stopping")
+    quality: QualityConfig | None = Field(None, description="None: the best checkpoint is that of the lowest loss")
     target_accuracy: float | None = Field(None, gt=0, le=1, description="probes: validation accuracy that ends the run")
     log_every: int = Field(20, ge=1, description="steps")
     tensorboard: Literal["auto", "on", "off"] = Field("auto", description="auto: where the package is installed")

@@ -22,7 +22,7 @@ _SHARED = (
     "training.steps", "training.max_tokens", "training.max_seconds", "training.batch_tokens", "training.accumulate",
     "training.precision", "training.device", "training.compile", "training.patience", "training.checkpoint_every",
     "training.validate_every", "training.log_every", "training.keep_checkpoints", "training.target_accuracy",
-    "training.backend",
+    "training.backend", "training.quality",
 )  # fmt: skip
 _VALIDATIONS = 12  # of a run, where the base does not say: a quarter and half of the budget are among them
 _COUNTED_BATCHES = 500  # micro-batches whose FLOPs are counted exactly; the rest follows from their mean

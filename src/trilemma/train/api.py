@@ -143,6 +143,8 @@ class _Prepared:
             start = load_run(config.start_from)
             tokenizer = start.tokenizer
         dataset, tokenizer = prepare(config, tokenizer, data=data)
+        if config.training.quality is not None and not dataset.sizes.get("valid"):
+            raise ConfigError("training.quality is measured on validation data, and there are none: set data.valid")
         config = dataset.resolved(config)
         torch.manual_seed(derive(config.seed, "init"))
         model = build_model(config.model)

@@ -17,6 +17,7 @@ from trilemma.laws import operators_of
 from trilemma.mixers.base import Mixer
 from trilemma.models import SequenceModel
 from trilemma.ops import backends
+from trilemma.train.quality import check_quality
 
 # What a resumed run may change: how long, how often, how it is shown. The rest is what the run is.
 _CHANGEABLE = {
@@ -59,6 +60,7 @@ def choose(
         raise ConfigError("training: nothing ends this run; set training.steps, max_tokens or max_seconds")
     if training.ema is not None and training.average_last > 1:
         raise ConfigError("training.ema and training.average_last both choose the final weights; set one of them")
+    check_quality(config)
     if training.target_accuracy is not None and config.data.task != "probe":
         raise ConfigError(
             "training.target_accuracy is for data.task probe; elsewhere training.patience ends a run early"

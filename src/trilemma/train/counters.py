@@ -29,8 +29,10 @@ class Counters:
         step: optimizer steps done.
         tokens: scored target tokens. input_tokens: valid input and source tokens read.
         flops: 3 x the forward FLOPs of the rows' actual lengths (one forward and two backward products).
-        best_step, best_loss: of the lowest validation loss so far; for probes of the highest accuracy, best_accuracy.
-        bad_validations: validations since then. validated, accuracy: step of the last one, and what it found (probes).
+        best_step, best_loss: of the lowest validation loss so far; with a score (a probe's accuracy, or the metric of
+            `training.quality`) of the highest, best_score.
+        bad_validations: validations since then, those without the score not counted. validated: step of the last one;
+        score: what was measured last.
         window_loss, window_tokens, window_seconds: since the last training record.
         seconds: spent in optimizer steps; validation and saving are not counted.
         resumes: how often the run was resumed.
@@ -42,10 +44,10 @@ class Counters:
     flops: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    best_accuracy: float | None = None
+    best_score: float | None = None
     bad_validations: int = 0
     validated: int = 0
-    accuracy: float | None = None
+    score: float | None = None
     window_loss: float = 0.0
     window_tokens: int = 0
     seconds: float = 0.0
@@ -62,12 +64,18 @@ class Counters:
         self.window_loss += loss
         self.window_tokens += tokens
 
-    def judge(self, loss: float, accuracy: float | None = None) -> bool:
-        """Takes note of a validation; whether it is the best so far: by accuracy where there is one, then by loss."""
-        self.validated, self.accuracy = self.step, accuracy
-        rank, best = (-(accuracy or 0.0), loss), (-(self.best_accuracy or 0.0), self.best_loss)
+    def judge(self, loss: float, score: float | None = None, counts: bool = True) -> bool:
+        """Takes note of a validation; whether it is the best so far: by score where there is one, then by loss.
+
+        `counts`: False for a validation between two measurements of the score, which can be neither better nor worse.
+        """
+        self.validated = self.step
+        if not counts:
+            return False
+        self.score = score
+        rank, best = (-(score or 0.0), loss), (-(self.best_score or 0.0), self.best_loss)
         if math.isfinite(loss) and (best[1] is None or rank < best):
-            self.best_loss, self.best_accuracy, self.best_step, self.bad_validations = loss, accuracy, self.step, 0
+            self.best_loss, self.best_score, self.best_step, self.bad_validations = loss, score, self.step, 0
             return True
         self.bad_validations += 1
         return False
@@ -113,17 +121,15 @@ class Counters:
         measured = record.get("measured")
         values = {key: value for key, value in record.items() if key not in ("version", "data_hash", "measured")}
         values |= measured if isinstance(measured, dict) else {}
-        values = {"accuracy": None, "best_accuracy": None, **values}  # unknown to runs from before there were probes
+        for name, older in (("score", "accuracy"), ("best_score", "best_accuracy")):
+            values.setdefault(name, values.pop(older, None))  # its name of old, or of before there were scores
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         if odd := sorted(defaults.keys() ^ values.keys()):
             raise CheckpointError(f'{where}: trainer.json: the field "{odd[0]}" is missing or unknown')
         for name, default in defaults.items():
             value = values[name]
-            allowed = (
-                (int, float)
-                if isinstance(default, float) or name in ("best_loss", "accuracy", "best_accuracy")
-                else (int,)
-            )
+            real = isinstance(default, float) or name in ("best_loss", "score", "best_score")
+            allowed = (int, float) if real else (int,)
             missing = value is None and default is None
             if not missing and (type(value) not in allowed or not math.isfinite(value)):
                 raise CheckpointError(f'{where}: trainer.json: the field "{name}" cannot be {value!r}')

@@ -22,7 +22,8 @@ def finish(trainer: Trainer, reason: str) -> dict[str, Any]:
     """Puts the chosen weights into the model and publishes them with the summary and the card; returns the summary.
 
     Chosen are, in this order: the average of the last `average_last` checkpoints; else those of the lowest validation
-    loss, for probes of the highest accuracy (with `ema`, their moving average); without validation data the last ones.
+    loss, for probes of the highest accuracy, with `quality` of its highest value (with `ema`, their moving average);
+    without validation data the last ones.
     """
     chosen, loss = _choose(trainer)
     summary = _summary(trainer, reason, chosen, loss)
@@ -51,7 +52,8 @@ def _choose(trainer: Trainer) -> tuple[str, float | None]:
         trainer.directory.load_checkpoint(counters.best_step, model, trainer.optimizer.tensors())
     trainer.optimizer.use_average()
     step = counters.step if counters.best_step is None else counters.best_step
-    best = "lowest validation loss" if counters.best_accuracy is None else "highest validation accuracy"
+    wanted = training.quality.metric if training.quality is not None else "validation accuracy"
+    best = "lowest validation loss" if counters.best_score is None else f"highest {wanted}"
     what = "last" if counters.best_step is None else best
     average = f", moving average {training.ema}" if training.ema is not None else ""
     return f"step {step} ({what}{average})", counters.best_loss
@@ -90,6 +92,7 @@ def average_checkpoints(directory: RunDirectory, steps: list[int], like: Mapping
 
 def _summary(trainer: Trainer, reason: str, chosen: str, loss: float | None) -> dict[str, Any]:
     config, counters, dataset = trainer.config, trainer.counters, trainer.dataset
+    wanted = config.training.quality
     compiled = config.training.compile == "on"
     return {
         "steps": counters.step,
@@ -105,7 +108,8 @@ def _summary(trainer: Trainer, reason: str, chosen: str, loss: float | None) -> 
         "valid_loss": loss,
         "best_step": counters.best_step,
         "best_valid_loss": counters.best_loss,
-        "best_valid_accuracy": counters.best_accuracy,
+        "best_valid_accuracy": counters.best_score if config.data.task == "probe" else None,
+        "best_quality": None if wanted is None else {"metric": wanted.metric, "value": counters.best_score},
         "resumes": counters.resumes,
         "processes": trainer.processes.world,
         "data_hash": dataset.data_hash,

@@ -28,6 +28,7 @@ from trilemma.train.counters import Counters, flops_of, peak_memory
 from trilemma.train.optimizer import Optimizer
 from trilemma.train.processes import Processes
 from trilemma.train.progress import Display, Tracker
+from trilemma.train.quality import measure_quality
 from trilemma.train.randomness import reseed
 from trilemma.train.schedules import learning_rate
 from trilemma.train.signals import Signals
@@ -210,7 +211,7 @@ class Trainer:
             return "max_seconds"
         if training.patience is not None and counters.bad_validations >= training.patience:
             return "patience"
-        if training.target_accuracy is not None and (counters.accuracy or 0.0) >= training.target_accuracy:
+        if training.target_accuracy is not None and (counters.score or 0.0) >= training.target_accuracy:
             return "target_accuracy"
         return self._stopped
 
@@ -239,7 +240,7 @@ class Trainer:
         counters, training = self.counters, self.config.training
         every = training.validate_every or training.checkpoint_every
         improved = False
-        due = counters.step % every == 0 or self._ended() is not None
+        due = counters.step % every == 0 or self._quality_due() or self._ended() is not None
         if due and counters.validated != counters.step and self.dataset.sizes.get("valid"):
             found = self.validation()
             if found is None:
@@ -251,20 +252,43 @@ class Trainer:
 
     def _judge(self, found: Validation) -> bool:
         """Records a validation; whether it is the best so far."""
-        counters, loss = self.counters, found.loss
+        counters, loss, wanted = self.counters, found.loss, self.config.training.quality
         accuracy = found.hits / max(found.targets, 1) if self.config.data.task == "probe" else None
-        improved = counters.judge(loss, accuracy)
+        quality = self._quality() if self._quality_due() or self._ended() is not None else None
+        score = accuracy if wanted is None else quality
+        improved = counters.judge(loss, score, counts=wanted is None or quality is not None)
         record = counters.validation_record(loss)
         if self.config.data.task == "language-model":
             record["valid_bits_per_byte"] = loss * found.targets / math.log(2) / self.dataset.bytes_of("valid")
         if accuracy is not None:
             record["valid_accuracy"] = accuracy
-        self._record(record)
         more = "" if accuracy is None else f"  accuracy {accuracy:.2%}"
+        if wanted is not None and quality is not None:
+            record[f"valid_{wanted.metric}"] = quality
+            more = f"  {wanted.metric} {quality:.2f}"
+        self._record(record)
         best = "  (best so far)" if improved else ""
         self.display.say(f"step {counters.step:,}  validation loss {loss:.4f}{more}{best}")
         self._call("validation", record)
         return improved
+
+    def _quality_due(self) -> bool:
+        """Whether `training.quality` is measured after this step; it is at the end as well."""
+        wanted, training = self.config.training.quality, self.config.training
+        if wanted is None:
+            return False
+        return self.counters.step % (wanted.every or training.validate_every or training.checkpoint_every) == 0
+
+    def _quality(self) -> float | None:
+        """The metric of `training.quality`, as rank 0 finds it; None without one."""
+        if self.config.training.quality is None:
+            return None
+        found = 0.0
+        if self.processes.is_first:
+            self.model.eval()
+            with self.optimizer.averaged():
+                found = measure_quality(self.model, self.dataset, self.config, self.processes.device)
+        return self.processes.sum([found])[0]
 
     def validation(self) -> Validation | None:
         """Scores the validation data: with the moving average of the weights where there is one. None if a signal came
