@@ -164,7 +164,7 @@ def test_checkpoints_are_averaged(tiny_config: Tiny, tmp_path: Path) -> None:
     for name, value in model_tensors(run.model).items():
         mean = sum(t[name].detach().double() for t in tensors) / 3
         torch.testing.assert_close(value.detach().double(), mean, rtol=1e-6, atol=1e-7)
-    again = average_checkpoints(run.directory, [6, 9, 12], tensors[0])
+    again = average_checkpoints([(run.directory, step) for step in (6, 9, 12)], tensors[0])
     assert all(torch.equal(again[name], value.detach()) for name, value in model_tensors(run.model).items())
 
 

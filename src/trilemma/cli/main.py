@@ -32,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "compare": Verb("trilemma.cli.compare", "candidates x seeds under one budget, and a report of the three corners"),
     "plan": Verb("trilemma.cli.plan", "what a recipe will cost: parameters, FLOPs, memory, time, money"),
     "train": Verb("trilemma.cli.train", "one model from a YAML config, resumable at any step"),
+    "average": Verb("trilemma.cli.average", "saved checkpoints averaged into a run of their own"),
     "evaluate": Verb("trilemma.cli.evaluate", "signed scores of a run: BLEU, chrF, accuracy, perplexity"),
     "generate": Verb("trilemma.cli.generate", "stdin to stdout, one line in, one line out"),
     "score": Verb("trilemma.cli.score", "log-probabilities of given texts, whole and token by token"),

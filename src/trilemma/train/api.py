@@ -19,6 +19,7 @@ from trilemma.ops import backends
 from trilemma.runs import RunDirectory
 from trilemma.runs.directory import SUMMARY
 from trilemma.runs.load import LoadedRun, load_run
+from trilemma.train.average import NOTE
 from trilemma.train.choices import announce, choose, reconcile
 from trilemma.train.finish import finish
 from trilemma.train.loop import Callback, Trainer
@@ -69,6 +70,11 @@ def train(
     if exists and not resume:
         raise CheckpointError(f"{directory.path}: holds a run already; go on with --resume, or choose another --out")
     stored = RunDirectory.open(directory.path).read_config() if exists else None
+    if stored is not None and NOTE in stored.notes:
+        raise CheckpointError(
+            f"{directory.path}: an average of checkpoints has no optimizer to go on with; "
+            f"begin another run with it: --from {directory.path}"
+        )
     config = _inherited(config, stored)
     before = config if stored is None else stored
     config = choose(config if stored is None else reconcile(config, stored))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def _choose(trainer: Trainer) -> tuple[str, float | None]:
     counters, training, model = trainer.counters, trainer.config.training, model_tensors(trainer.model)
     if training.average_last > 1:
         steps = trainer.directory.checkpoints()[-training.average_last :]
-        assign(model, average_checkpoints(trainer.directory, steps, model))
+        assign(model, average_checkpoints([(trainer.directory, step) for step in steps], model))
         found = trainer.validation() if trainer.dataset.sizes.get("valid") else None
         return f"average of checkpoints {', '.join(map(str, steps))}", found.loss if found else None
     if counters.best_step is not None and counters.best_step != counters.step:
@@ -73,21 +73,22 @@ def _calibration(trainer: Trainer) -> Calibration | None:
     return fit_temperature(torch.cat(found).numpy(), torch.cat(labels).numpy())
 
 
-def average_checkpoints(directory: RunDirectory, steps: list[int], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def average_checkpoints(
+    checkpoints: Sequence[tuple[RunDirectory, int]], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The mean of each tensor over checkpoints, summed in float64 (Vaswani et al. 2017, section 6.1).
 
     Args:
-        directory: the run.
-        steps: of the checkpoints; each is checked against its manifest.
+        checkpoints: runs and steps; each is checked against its manifest.
         like: tensors of the right names, shapes and types.
     """
     sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in like.items()}
     loaded = {name: torch.empty_like(tensor, device="cpu") for name, tensor in like.items()}
-    for step in steps:
+    for directory, step in checkpoints:
         directory.load_checkpoint(step, loaded)
         for name, tensor in loaded.items():
             sums[name] += tensor.detach()
-    return {name: (total / len(steps)).to(like[name].dtype) for name, total in sums.items()}
+    return {name: (total / len(checkpoints)).to(like[name].dtype) for name, total in sums.items()}
 
 
 def _summary(trainer: Trainer, reason: str, chosen: str, loss: float | None) -> dict[str, Any]:
