@@ -76,7 +76,9 @@ class ModelConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
     prefix: bool = Field(False, description="decoder-only: the source part is read in both directions")
     num_labels: int | None = Field(None, ge=2, description="encoder-only: classes; None: a masked language model")
-    pooling: Literal["first", "mean"] = "mean"
+    pooling: Literal["first", "mean", "none"] = Field(
+        "mean", description="none: labels for every token, not for the row"
+    )
     head_transform: bool = Field(
         False, description="encoder-only: one more layer before the output, with tanh for a classifier (BERT)"
     )
@@ -120,7 +122,9 @@ class Source(Section):
 class DataConfig(Section):
     """What is learned, and from which text."""
 
-    task: Literal["seq2seq", "language-model", "classification", "masked-language-model", "probe"] = "seq2seq"
+    task: Literal[
+        "seq2seq", "language-model", "classification", "masked-language-model", "question-answering", "probe"
+    ] = "seq2seq"
     train: Source | list[Source] = Source(generated="numbers")
     valid: Source | None = None
     test: Source | None = None
@@ -134,7 +138,10 @@ class DataConfig(Section):
     lowercase: bool = False
     max_source_length: int = Field(256, ge=1, description="tokens of a text, without special ids")
     max_target_length: int = Field(256, ge=1, description="tokens of a text, without special ids")
-    context_length: int = Field(256, ge=1, description="tokens of a language-model row")
+    context_length: int = Field(
+        256, ge=1, description="tokens of a language-model row, or of a question with a window of its passage"
+    )
+    window_overlap: int = Field(64, ge=0, description="question answering: tokens that neighbouring windows share")
     over_length: Literal["error", "drop"] = Field("error", description="training examples over the limits")
     packing: bool = Field(True, description="language models: several documents in one row, with boundaries")
     labels: list[str] | None = Field(
@@ -200,11 +207,18 @@ class DecodingConfig(Section):
     beam_groups: int = Field(1, ge=1, description="beam: groups of a diverse beam; the beam is divided among them")
     diversity_penalty: float = Field(0.5, ge=0, description="beam groups: for a token that an earlier group chose")
     n_best: int = Field(1, ge=1, description="outputs an input: of the beam, or independent samples")
-    max_length: int | None = Field(None, ge=1, description="new tokens; None: max_ratio * source + max_extra")
+    max_length: int | None = Field(
+        None, ge=1, description="new tokens; None: max_ratio * source + max_extra; of an answer's span, None: 30"
+    )
     max_ratio: float = Field(1.0, ge=0, description="of the source's tokens (a language model's: of the prompt's)")
     max_extra: int = Field(50, ge=0)
     no_repeat_ngram: int | None = Field(None, ge=1, description="no n-gram of this many tokens twice in an output")
-    unknown: Literal["keep", "ban"] = Field("keep", description="the unknown token in outputs")
+    banned: list[int] = Field(default_factory=list, description="ids of tokens that no output holds")
+    unknown: Literal["keep", "ban", "replace"] = Field(
+        "keep", description="the unknown token in outputs; replace: by the source token it is aligned with"
+    )
+    mbr: int | None = Field(None, ge=2, description="candidates of which the one with the best expected chrF is chosen")
+    alignments: Literal["words", "tokens"] | None = Field(None, description="links from source to output")
     alignment_layer: int | None = Field(None, ge=1, description="of the decoder, from 1; None: the last but one")
     alignment_head: int | None = Field(None, ge=1, description="from 1; None: the mean over all heads")
     temperature: float = Field(1.0, gt=0)

@@ -26,6 +26,7 @@ class Case:
     config: type[Any]
     options: dict[str, Any] = field(default_factory=dict)
     kind: str = "decoder"  # or seq2seq, masked, classifier, encoder
+    banned: tuple[int, ...] = ()  # tokens that generation must not produce
 
 
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -122,7 +123,7 @@ CASES = {
     "bert-bare": Case("BertModel", transformers.BertConfig, _BERT, "encoder"),
     "roberta-masked": Case("RobertaForMaskedLM", transformers.RobertaConfig, _ROBERTA, "masked"),
     "roberta-classifier": Case("RobertaForSequenceClassification", transformers.RobertaConfig, _ROBERTA, "classifier"),
-    "marian": Case("MarianMTModel", transformers.MarianConfig, _MARIAN, "seq2seq"),
+    "marian": Case("MarianMTModel", transformers.MarianConfig, _MARIAN, "seq2seq", (PAD, 33, 47, 68, 71, 90)),
     "t5": Case("T5ForConditionalGeneration", transformers.T5Config, _T5, "seq2seq"),
     "flan-t5": Case(
         "T5ForConditionalGeneration",
@@ -153,6 +154,8 @@ def make(case: Case, folder: Path, seed: int = 0, **changes: Any) -> Any:
             if "A_log" not in name and "embed_positions" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.15)
     model.eval()
+    if case.banned:
+        model.generation_config.bad_words_ids = [[token] for token in case.banned]
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))

@@ -19,6 +19,7 @@ from torch.nn.functional import pad as padded
 
 from trilemma.config import DecodingConfig
 from trilemma.decode.batching import DecodingBatch
+from trilemma.errors import ConfigError
 
 
 class Rule(ABC):
@@ -51,6 +52,18 @@ class Ban(Rule):
         mask = torch.zeros(1, vocab, dtype=torch.bool, device=history.device)
         mask[:, list(self.tokens)] = True
         return mask
+
+
+class Banned(Ban):
+    """Never the tokens that the config lists."""
+
+    key: ClassVar[str] = "banned"
+
+    def banned(self, history: Tensor, owners: Tensor, vocab: int) -> Tensor:
+        """See `Rule`; `ConfigError` for an id that the vocabulary lacks."""
+        if strange := [token for token in self.tokens if not 0 <= token < vocab]:
+            raise ConfigError(f"decoding.banned: {strange[0]} is no token; ids are 0 to {vocab - 1}")
+        return super().banned(history, owners, vocab)
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,8 @@ class Rules:
         rules: list[Rule] = []
         if config.no_repeat_ngram is not None:
             rules.append(NoRepeat(config.no_repeat_ngram))
+        if config.banned:
+            rules.append(Banned(tuple(config.banned)))
         if config.unknown == "ban":
             assert unk is not None, "the unknown token's id is needed"
             rules.append(Ban((unk,)))

@@ -13,11 +13,11 @@ import torch
 
 from trilemma import machine
 from trilemma.config import DataConfig, DecodingConfig, RunConfig, Source, TokenizerConfig, TrainingConfig
-from trilemma.data import Tokenizer
 from trilemma.errors import CheckpointError, ConfigError, nearest
 from trilemma.interop import weights
 from trilemma.interop.families import FAMILIES, Family
 from trilemma.interop.families.base import Blueprint
+from trilemma.interop.generation import decoding_of
 from trilemma.interop.keys import Keys
 from trilemma.interop.specials import read_json, read_tokenizer
 from trilemma.models import build_model
@@ -62,11 +62,13 @@ def import_model(
     tokenizer, notes = read_tokenizer(directory, values, blueprint.model)
     source = weights.Renamed(weights.TensorFiles(directory), blueprint.prefix, blueprint.endings)
     tensors, left = weights.read(source, blueprint.rules, needed_shapes(blueprint))
-    notes = [*blueprint.notes, *left, *notes]
+    generation = read_json(directory / "generation_config.json")
+    decoding, untaken = decoding_of(values, generation, blueprint.task, tokenizer.vocab_size, str(directory))
+    notes = [*blueprint.notes, *left, *untaken, *notes]
     for note in notes:
         say(note)
     name = re.sub(r"[^\w./-]", " ", str(values.get("_name_or_path") or directory.resolve().name))
-    config = _run_config(name, family, values, blueprint, tokenizer, notes)
+    config = _run_config(name, family, values, blueprint, decoding, notes)
     run = RunDirectory.create(out, config, tokenizer.serialize().encode())
     counts = _counts(blueprint)
     summary = _summary(family, values, counts)
@@ -87,7 +89,7 @@ def understand(values: Mapping[str, Any], where: str, ignore: Collection[str] = 
         raise ConfigError(f'{where}: model_type "{kind}" cannot be imported{nearest(str(kind), by_type)}')
     keys = Keys(values, where, ignore)
     blueprint = by_type[kind].read(keys)
-    blueprint.notes.extend(keys.finish())
+    keys.finish()
     return by_type[kind], blueprint
 
 
@@ -126,10 +128,10 @@ def _run_config(
     family: Family,
     values: Mapping[str, Any],
     blueprint: Blueprint,
-    tokenizer: Tokenizer,
+    decoding: DecodingConfig,
     notes: list[str],
 ) -> RunConfig:
-    """A run's configuration: no data of its own, and decoding as is usual for the task."""
+    """A run's configuration, with no data of its own."""
     model = blueprint.model
     longest = model.max_length or _CONTEXT
     data = DataConfig(
@@ -148,7 +150,7 @@ def _run_config(
         data=data,
         tokenizer=TokenizerConfig(kind="file"),
         training=TrainingConfig(precision="float32"),
-        decoding=DecodingConfig(method="greedy" if blueprint.task == "language-model" else "beam"),
+        decoding=decoding,
         notes={"import": f"{architecture} (family {family.name}) in the Hugging Face layout", **kept},
     )
 

@@ -60,8 +60,8 @@ _METADATA = frozenset(
         "_attn_implementation_autoset",
     ]
 )
-# Ids are read with the tokenizer; settings of `generate` are not taken over, which the caller is told.
-_IDS = frozenset(
+# Ids are read with the tokenizer, settings of `generate` in generation.py.
+IDS = frozenset(
     [
         "bos_token_id",
         "eos_token_id",
@@ -114,7 +114,7 @@ class Keys:
 
     def __init__(self, values: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> None:
         self.values, self.where = values, where
-        self._seen = {*_METADATA, *_IDS, *GENERATION, *ignored}
+        self._seen = {*_METADATA, *IDS, *GENERATION, *ignored}
 
     def take(self, name: str, default: T) -> T:
         """The value, of the type of `default` (an integer also serves as a number); absent or null: the default."""
@@ -163,20 +163,14 @@ class Keys:
         """Crosses off keys that change nothing in this family."""
         self._seen.update(names)
 
-    def finish(self) -> list[str]:
-        """Notes on what was not taken over.
-
-        Raises:
-            ConfigError: a key that nobody has read: what it changes is unknown.
-        """
+    def finish(self) -> None:
+        """Refuses a key that nobody has read: what it changes is unknown."""
         for name, value in self.values.items():
             if name not in self._seen:
                 raise ConfigError(
                     f'{self.where}: the key "{name}" ({value!r}) is not known for this family of models, so what it '
                     f"changes cannot be honoured; if it changes nothing, import with --ignore {name}"
                 )
-        left = sorted(name for name in GENERATION & self.values.keys() if self.values[name] not in (None, False))
-        return [f"settings of generation are not taken over: {', '.join(left)}"] if left else []
 
     def labels(self) -> list[str]:
         """Class names in the order of their ids."""
