@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +19,20 @@ import torch
 from trilemma.config import DecodingConfig, RunConfig, parse
 from trilemma.data import Tokenizer, prepare
 from trilemma.decode import (
+    AnyModel,
     BatchingReport,
+    Ensemble,
+    Line,
     Prompts,
     Request,
+    StepModel,
     TooLong,
+    Written,
     check_decoding,
     compare_with_single,
-    decode,
+    joined,
     length_penalty,
+    write,
 )
 from trilemma.decode.hypothesis import NOT_A_NUMBER
 from trilemma.errors import (
@@ -61,9 +67,12 @@ class Output:
 
     Attributes:
         text: one line.
-        score: what outputs are ranked by: log-probability over the length penalty.
+        score: what outputs are ranked by: log-probability over the length penalty, plus the coverage penalty; with
+            minimum Bayes risk the expected chrF.
         log_probability: natural, under the model. tokens: new tokens, end-of-sequence counted if it was produced.
         finished: end-of-sequence was produced; False: cut at the length limit.
+        acted: keys of the rules that forbade or replaced something on the way: no_repeat_ngram, unknown, phrases.
+        alignment: (source, output) numbers of words or tokens, from 0; None: not asked for.
     """
 
     text: str
@@ -71,6 +80,8 @@ class Output:
     log_probability: float
     tokens: int
     finished: bool
+    acted: tuple[str, ...] = ()
+    alignment: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,8 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     checkpoint: int | Literal["published", "best", "last"] = "published",
+    ensemble: Sequence[str | Path] = (),
+    average: str = "log-probability",
 ) -> Predictor:
     """Opens a run for use.
 
@@ -124,10 +137,12 @@ def load(
         device: "auto", "cpu", "cuda" or "mps".
         dtype: "float32", "bfloat16" or "float64" for the weights; None: float32, or float64 for a run trained in it.
         checkpoint: the published weights, or "best", "last" or a step.
+        ensemble: runs whose predictions are averaged with this one's; of the same task, layout and vocabulary.
+        average: "log-probability" or "probability": what is averaged.
 
     Raises:
         CheckpointError: not a run, not finished, or a file is missing, truncated, altered or foreign.
-        ConfigError: unknown device or dtype.
+        ConfigError: unknown device, dtype or average; a run of the ensemble that does not fit the first.
     """
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
@@ -136,7 +151,12 @@ def load(
     chosen, _ = choose_device(device)
     run = load_run(path, chosen, dtype, checkpoint)
     temperature = run.directory.read_temperature() if checkpoint == "published" else None
-    return Predictor(run.model, run.tokenizer, run.config, chosen, run.directory, temperature)
+    whole = None
+    if ensemble:
+        Prompts(run.tokenizer, run.config).require_generation()
+        own = next(run.model.parameters()).dtype
+        whole = joined([run, *(load_run(other, chosen, own, checkpoint) for other in ensemble)], average)
+    return Predictor(run.model, run.tokenizer, run.config, chosen, run.directory, temperature, whole)
 
 
 class Predictor(Reader):
@@ -146,6 +166,7 @@ class Predictor(Reader):
         model: in evaluation mode, on `device`.
         tokenizer, config: the run's; `config` resolved.
         directory, temperature: see `Reader`.
+        ensemble: what generates and scores in place of the model alone, of which it is the first.
     """
 
     def __init__(
@@ -156,34 +177,39 @@ class Predictor(Reader):
         device: str = "cpu",
         directory: RunDirectory | None = None,
         temperature: float | None = None,
+        ensemble: Ensemble | None = None,
     ) -> None:
+        self.whole: AnyModel = model if ensemble is None else ensemble
         super().__init__(model, tokenizer, config, device, directory, temperature)
         self._prompts = Prompts(tokenizer, config)
 
     # Generation
 
-    def translate(self, lines: Sequence[str], over_length: OverLength = "error", **decoding: Any) -> list[str]:
+    def translate(self, lines: Sequence[str | Line], over_length: OverLength = "error", **decoding: Any) -> list[str]:
         """The best output for each line; an empty line gives an empty text.
 
         Args:
-            lines: any number of texts.
+            lines: any number of texts, or `Line`s: texts with what their outputs must hold.
             over_length: a line that is longer than the model allows is an "error", or left empty with "skip".
             decoding: keys of the config's `decoding` section, such as `beam_size=8` or `method="greedy"`.
 
         Raises:
             ConfigError: an unknown key (the nearest is named) or an unfit value.
             LengthError: a line is too long; names the line.
-            CapabilityError: the run generates no text.
+            DataError: a prefix or phrase that cannot be written.
+            CapabilityError: the run generates no text, or a setting needs what the model has not.
         """
         return [line.text for line in self.generate(lines, over_length, **decoding)]
 
-    def generate(self, lines: Sequence[str], over_length: OverLength = "error", **decoding: Any) -> list[Generated]:
+    def generate(
+        self, lines: Sequence[str | Line], over_length: OverLength = "error", **decoding: Any
+    ) -> list[Generated]:
         """All outputs (`n_best`) with their scores for each line; arguments and errors as for `translate`."""
         return list(self.stream(lines, over_length, **decoding))
 
     def stream(
         self,
-        lines: Iterable[str],
+        lines: Iterable[str | Line],
         over_length: OverLength = "error",
         window: int = DEFAULT_WINDOW,
         **decoding: Any,
@@ -194,7 +220,7 @@ class Predictor(Reader):
 
     def windows(
         self,
-        lines: Iterable[str],
+        lines: Iterable[str | Line],
         over_length: OverLength = "error",
         window: int = DEFAULT_WINDOW,
         **decoding: Any,
@@ -226,42 +252,43 @@ class Predictor(Reader):
         """Decodes lines together and one by one: identical, near-ties with their gaps, or different."""
         settings = self.decoding(**decoding)
         requests = [self._readable(request) for request in self._prompts.requests(lines, settings)]
+        model: StepModel[Any] = self.whole
         return compare_with_single(
-            self.model,
+            model,
             requests,
             settings,
             eos=self.tokenizer.eos,
             pad=self.tokenizer.pad,
+            unk=self.tokenizer.unk,
             dtype=self.dtype,
             device=self.device,
         )
 
     def _generate(
-        self, lines: list[str], first: int, settings: DecodingConfig, over_length: OverLength
+        self, lines: list[Line], first: int, settings: DecodingConfig, over_length: OverLength
     ) -> tuple[list[Generated], LengthError | None]:
         """Results up to the first line that is too long, and the error of that line."""
-        texts = [line.lower() for line in lines] if self.config.data.lowercase else lines
+        if self.config.data.lowercase:
+            lines = [replace(line, text=line.text.lower()) for line in lines]
         requests: list[Request] = []
         results: dict[int, Generated] = {}
         failure: LengthError | None = None
-        for line, request in zip(lines, self._prompts.requests(texts, settings, first), strict=True):
-            if not line.strip():
-                results[request.index] = Generated(request.index, [_nothing(finished=True)])
+        for line, request in zip(lines, self._prompts.requests(lines, settings, first), strict=True):
+            if not line.text.strip():
+                results[request.index] = Generated(request.index, [_nothing(settings, finished=True)])
             elif isinstance(request, Request):
                 requests.append(request)
             elif over_length == "skip":
-                results[request.index] = Generated(request.index, [_nothing(finished=False)], _too_long(request))
+                results[request.index] = Generated(
+                    request.index, [_nothing(settings, finished=False)], _too_long(request)
+                )
             else:
                 failure = LengthError(_too_long(request) + _MEND)
                 break
-        tokenizer = self.tokenizer
-        outputs = decode(self.model, requests, settings, eos=tokenizer.eos, pad=tokenizer.pad, device=self.device)
-        for request, hypotheses in zip(requests, outputs, strict=True):
-            shown = [
-                Output(self._prompts.text(one), one.score, one.log_probability, one.length, one.finished)
-                for one in hypotheses
-            ]
-            results[request.index] = Generated(request.index, shown)
+        sources = [lines[request.index - first].text for request in requests]
+        outputs = write(self.whole, self._prompts, requests, sources, settings, self.device)
+        for request, written in zip(requests, outputs, strict=True):
+            results[request.index] = Generated(request.index, [_output(one) for one in written])
         return [results[index] for index in sorted(results)], failure
 
     def _readable(self, request: Request | TooLong) -> Request:
@@ -299,13 +326,13 @@ class Predictor(Reader):
         tokenizer = self.tokenizer
         contexts = [self._prompts.context(ids) for ids in tokenizer.encode_batch(given)]
         ended = [[*ids, tokenizer.eos] for ids in tokenizer.encode_batch(wanted_texts)]
-        positions = self.config.model.max_length
+        positions = self.whole.config.max_length
         for number, (context, target) in enumerate(zip(contexts, ended, strict=True), start=first_line):
             longest = max(len(context.prompt) + len(target) - 1, len(context.source or ()))
             if positions is not None and longest > positions:
                 raise LengthError(f"line {number}: {longest} tokens, more than model.max_length = {positions}")
         scores = []
-        nats = forced_token_nats(self.model, contexts, ended, pad=tokenizer.pad, device=self.device)
+        nats = forced_token_nats(self.whole, contexts, ended, pad=tokenizer.pad, device=self.device)
         for target, values in zip(ended, nats, strict=True):
             total = -float(values.sum())
             if math.isnan(total):
@@ -340,7 +367,7 @@ class Predictor(Reader):
         chosen = [Path(file) for file in files]
         texts = file_texts(self.config, chosen) if chosen else split_texts(self.config, split)
         return score_texts(
-            self.model,
+            self.whole,
             self.tokenizer,
             self.config,
             texts.sources,
@@ -361,19 +388,24 @@ def _too_long(request: TooLong) -> str:
     return f"line {request.index + 1}: {request}"
 
 
-def _nothing(finished: bool) -> Output:
-    return Output("", 0.0, 0.0, 0, finished)
+def _nothing(settings: DecodingConfig, finished: bool) -> Output:
+    return Output("", 0.0, 0.0, 0, finished, alignment=None if settings.alignments is None else [])
 
 
-def _windows(lines: Iterable[str], window: int) -> Iterator[tuple[int, list[str]]]:
+def _output(written: Written) -> Output:
+    one = written.hypothesis
+    return Output(written.text, one.score, one.log_probability, one.length, one.finished, one.acted, written.links)
+
+
+def _windows(lines: Iterable[str | Line], window: int) -> Iterator[tuple[int, list[Line]]]:
     """(number of the first line, lines), at most `window` lines or some megabytes at a time."""
     if window < 1:
         raise ConfigError(f"a window of {window} lines: at least 1 is needed")
-    held: list[str] = []
+    held: list[Line] = []
     characters = first = 0
     for line in lines:
-        held.append(line)
-        characters += len(line)
+        held.append(line if isinstance(line, Line) else Line(line))
+        characters += len(held[-1].text)
         if len(held) >= window or characters >= _WINDOW_CHARACTERS:
             yield first, held
             first, held, characters = first + len(held), [], 0

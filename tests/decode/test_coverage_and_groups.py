@@ -151,8 +151,9 @@ def test_groups_are_those_of_the_algorithm(groups: int, width: int, penalty: flo
             sorted((tokens, score) for score, tokens in diverse_by_hand(model, request, groups, width, penalty, 0.6))
         )
         finished = [one for one in outputs if one.finished]
-        assert {tuple(one.tokens) for one in finished} == set(expected)
-        assert all(close(one.score, expected[tuple(one.tokens)]) for one in finished)
+        scores = {tuple(one.tokens): one.score for one in finished}
+        assert set(scores) >= set(expected)  # where groups agree, their second outputs take the places
+        assert all(close(scores[tokens], score) for tokens, score in expected.items())
         for one in outputs:
             tokens = one.tokens + [EOS] * one.finished
             assert close(one.log_probability, model.log_probability(request, tokens)), "the penalty is in no score"

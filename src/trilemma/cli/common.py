@@ -18,6 +18,12 @@ Json = Annotated[bool, typer.Option("--json", help="print one machine-readable l
 Out = Annotated[Path, typer.Option("--out", help="folder to write to", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")]
 
+With = Annotated[
+    list[Path] | None,
+    typer.Option("--with", metavar="RUN", help="another run of an ensemble; may be repeated", show_default=False),
+]
+Average = Annotated[str, typer.Option("--average", help="of an ensemble: log-probability or probability")]
+
 BackendOption = Annotated[
     str, typer.Option("--backend", help="who runs the operators: auto, plain (our own form) or fla (GPU)")
 ]

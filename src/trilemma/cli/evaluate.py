@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from trilemma.cli.common import Device, Json, print_json, say
+from trilemma.cli.common import Average, Device, Json, With, print_json, say
 from trilemma.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -29,13 +29,16 @@ def command(
     metrics: Annotated[
         str | None, typer.Option("--metrics", help="separated by commas; default: all that the task has")
     ] = None,
+    ensemble: With = None,
+    average: Average = "log-probability",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Signed scores: BLEU and chrF (sacrebleu), exact match, accuracy, perplexity per token, bits per byte.
 
-    Scores of the run's own splits are kept in RUN: scores.json, and the outputs in outputs.SPLIT.txt.
+    Scores of the run's own splits are kept in RUN: scores.json, and the outputs in outputs.SPLIT.txt; not those of an
+    ensemble, which is no single run.
     """
     from trilemma.cli.generate import decoding_settings
     from trilemma.predictor import load
@@ -46,14 +49,14 @@ def command(
     files = [Path(argument) for argument in given if not argument.startswith("decoding.")]
     settings = decoding_settings([argument for argument in given if argument.startswith("decoding.")], None)
     wanted = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
-    predictor = load(run, device=device, dtype=dtype)
+    predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
     evaluation = predictor.evaluate(files, cast('Literal["valid", "test"]', split), metrics=wanted, **settings)
     for note in evaluation.notes:
         say(f"note: {note}")
     show = say if json else print  # with --json, stdout holds one line
     for score in evaluation.scores:
         show(f"{evaluation.split}\t{score}")
-    if not files:
+    if not files and not ensemble:
         _keep(predictor, evaluation)
     if json:
         print_json({"split": evaluation.split, "scores": evaluation.to_json(), "notes": evaluation.notes})

@@ -6,18 +6,25 @@ import json as jsons
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import BackendOption, Device, Json, print_json, say
+from trilemma.cli.common import Average, BackendOption, Device, Json, With, print_json, say
 from trilemma.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from trilemma.predictor import Generated, Predictor
+    from trilemma.decode import Line
+    from trilemma.predictor import Generated, Output, Predictor
 
+# What is said of a rule that acted.
+_ACTED = {
+    "no_repeat_ngram": "a repetition was prevented (decoding.no_repeat_ngram)",
+    "unknown": "an unknown token was banned or replaced (decoding.unknown)",
+    "phrases": "the end waited for a phrase",
+}
 # A line without an end must not fill the memory.
 LINE_BYTES = 1 << 20
 
@@ -32,6 +39,7 @@ class Totals:
     cut: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    acted: dict[str, int] = field(default_factory=dict)
 
     def add(self, line: Generated) -> None:
         """Counts one line."""
@@ -40,6 +48,8 @@ class Totals:
         self.empty += line.skipped is None and line.outputs[0].tokens == 0
         self.cut += line.skipped is None and not line.outputs[0].finished
         self.tokens += sum(output.tokens for output in line.outputs)
+        for key in {key for output in line.outputs for key in output.acted}:
+            self.acted[key] = self.acted.get(key, 0) + 1
 
 
 def command(
@@ -53,6 +63,17 @@ def command(
     ] = None,
     scores: Annotated[bool, typer.Option("--scores", help="score and text, separated by a tab")] = False,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="one JSON object a line, with all outputs")] = False,
+    alignments: Annotated[
+        str | None, typer.Option("--alignments", help="words or tokens: a column of source-output links, from 0")
+    ] = None,
+    prefixes: Annotated[
+        Path | None, typer.Option("--prefixes", help="a file: what the output of each line begins with")
+    ] = None,
+    phrases: Annotated[
+        Path | None, typer.Option("--phrases", help="a file: what the output of each line contains, divided by tabs")
+    ] = None,
+    ensemble: With = None,
+    average: Average = "log-probability",
     over_length: Annotated[
         str, typer.Option("--over-length", help="lines that are too long: error, or skip (an empty line)")
     ] = "error",
@@ -66,9 +87,9 @@ def command(
 ) -> None:
     """Reads lines from stdin and writes one line for each to stdout, in order; empty lines stay empty.
 
-    Translation, sampling (decoding.method=sample), n-best; a language model writes what follows the line, without the
-    line. A score is the log-probability over the length penalty. Outputs appear window by window; a line break inside
-    an output is written as a space.
+    Translation, sampling (decoding.method=sample), n-best, ensembles, constraints, alignments; a language model writes
+    what follows the line, without the line. A score is the log-probability over the length penalty. Outputs appear
+    window by window; a line break inside an output is written as a space.
     """
     from trilemma import laws
     from trilemma.predictor import DEFAULT_WINDOW, load
@@ -78,14 +99,17 @@ def command(
     if scores and jsonl:
         raise ConfigError("--scores and --jsonl exclude each other: the JSON objects hold the scores")
     settings = decoding_settings(overrides or [], n_best)
-    predictor = load(run, device=device, dtype=dtype)
+    if alignments is not None:
+        settings["alignments"] = alignments
+    predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
     several = predictor.decoding(**settings).n_best > 1 or n_best is not None  # names wrong keys before laws may run
-    laws.admit(predictor.model.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
+    laws.admit(predictor.whole.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
     size = window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW)
     style = "jsonl" if jsonl else "n-best" if several else "scores" if scores else "text"
+    lines = demanding(read_lines(sys.stdin.buffer, "stdin"), prefixes, phrases)
     totals = Totals()
     try:
-        _filter(predictor, sys.stdin.buffer, sys.stdout.buffer, totals, style, over_length == "skip", size, settings)
+        _filter(predictor, lines, sys.stdout.buffer, totals, style, over_length == "skip", size, settings)
     finally:
         _report(totals, predictor.path)
     if json:
@@ -106,7 +130,7 @@ def decoding_settings(overrides: list[str], n_best: int | None) -> dict[str, Any
 
 def _filter(
     predictor: Predictor,
-    stdin: IO[bytes],
+    lines: Iterator[str | Line],
     stdout: IO[bytes],
     totals: Totals,
     style: str,
@@ -114,9 +138,8 @@ def _filter(
     window: int,
     settings: dict[str, Any],
 ) -> None:
-    """Everything from `stdin` to `stdout`, flushed window by window."""
+    """Everything from `lines` to `stdout`, flushed window by window."""
     start = time.monotonic()
-    lines = read_lines(stdin, "stdin")
     for results in predictor.windows(lines, "skip" if skip else "error", window, **settings):
         for line in results:
             totals.add(line)
@@ -125,6 +148,34 @@ def _filter(
             stdout.write(shown(line, style).encode())
         stdout.flush()
         totals.seconds = time.monotonic() - start
+
+
+def demanding(lines: Iterator[str], prefixes: Path | None, phrases: Path | None) -> Iterator[str | Line]:
+    """The lines with what their outputs must hold, line by line from the files.
+
+    Raises:
+        DataError: a file ends before the lines do, or after them.
+    """
+    from trilemma.data.readers import text_lines
+    from trilemma.decode import Line
+
+    given = {path: text_lines(path) for path in (prefixes, phrases) if path is not None}
+    if not given:
+        yield from lines
+        return
+    count = 0
+    for count, line in enumerate(lines, start=1):
+        beside = {}
+        for path, rest in given.items():
+            if (found := next(rest, None)) is None:
+                raise DataError(f"{path} ends after {count - 1} lines, stdin goes on: they must go line by line")
+            beside[path] = found[1]
+        wanted = beside[phrases] if phrases is not None else ""
+        begin = beside[prefixes] if prefixes is not None else ""
+        yield Line(line, begin, tuple(phrase for phrase in wanted.split("\t") if phrase.strip()))
+    for path, rest in given.items():
+        if next(rest, None) is not None:
+            raise DataError(f"{path} goes on after the {count} lines of stdin: they must go line by line")
 
 
 def read_lines(stream: IO[bytes], name: str, limit: int = LINE_BYTES) -> Iterator[str]:
@@ -151,15 +202,20 @@ def shown(line: Generated, style: str) -> str:
         value = {"index": line.index, "outputs": [asdict(output) for output in line.outputs], "skipped": line.skipped}
         return jsons.dumps(value, ensure_ascii=False) + "\n"
     if style == "n-best":
-        rows = (f"{line.index}\t{output.score:.6f}\t{_flat(output.text)}\n" for output in line.outputs)
+        rows = (f"{line.index}\t{output.score:.6f}\t{_columns(output)}\n" for output in line.outputs)
         return "".join(rows)
+    best = line.outputs[0]
     if style == "scores":
-        return f"{line.outputs[0].score:.6f}\t{_flat(line.text)}\n"
-    return line.text + "\n"
+        return f"{best.score:.6f}\t{_columns(best)}\n"
+    return (line.text if best.alignment is None else _columns(best)) + "\n"
 
 
-def _flat(text: str) -> str:
-    return text.replace("\t", " ")
+def _columns(output: Output) -> str:
+    """The text, and the links in Pharaoh's form."""
+    text = output.text.replace("\t", " ")
+    if output.alignment is None:
+        return text
+    return text + "\t" + " ".join(f"{source}-{target}" for source, target in output.alignment)
 
 
 def _report(totals: Totals, path: str) -> None:
@@ -169,4 +225,5 @@ def _report(totals: Totals, path: str) -> None:
         parts.append(f"{totals.skipped:,} too long and left empty")
     if totals.cut:
         parts.append(f"{totals.cut:,} outputs cut at the length limit (decoding.max_length, max_ratio, max_extra)")
+    parts += [f"{_ACTED[key]} on {count:,} lines" for key, count in sorted(totals.acted.items())]
     say("; ".join(parts))

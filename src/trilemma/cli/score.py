@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trilemma.cli.common import BackendOption, Device, Json, print_json, say
+from trilemma.cli.common import Average, BackendOption, Device, Json, With, print_json, say
 from trilemma.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def command(
         Path | None, typer.Option("--target", help="the texts to score, line by line", show_default=False)
     ] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="one JSON object a line, with every token")] = False,
+    ensemble: With = None,
+    average: Average = "log-probability",
     window: Annotated[int, typer.Option("--window", min=1, help="lines scored together")] = WINDOW,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
     device: Device = "auto",
@@ -50,10 +52,10 @@ def command(
     from trilemma.predictor import load
 
     settings = decoding_settings(overrides or [], None)
-    predictor = load(run, device=device, dtype=dtype)
+    predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
     alone = predictor.config.data.task == "language-model"
     predictor.score([], None if alone else [], **settings)  # what cannot be done is said before input is waited for
-    laws.admit(predictor.model.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
+    laws.admit(predictor.whole.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
     texts = ((text, None) for text in _one_side(source, target)) if alone else _pairs(source, target)
     lines = tokens = 0
     total = 0.0

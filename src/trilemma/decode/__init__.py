@@ -2,29 +2,36 @@
 
 from trilemma.decode.batching import DecodingBatch, collate, plan_batches
 from trilemma.decode.beam import decode_beam
-from trilemma.decode.ensemble import Ensemble
+from trilemma.decode.ensemble import AnyModel, Average, Ensemble, joined
 from trilemma.decode.hypothesis import Hypothesis, Phrase, Request, StepModel, length_penalty
-from trilemma.decode.prompts import Prompts, TooLong
+from trilemma.decode.outputs import Written, write
+from trilemma.decode.prompts import Line, Prompts, TooLong
 from trilemma.decode.search import BatchingReport, Disagreement, check_decoding, compare_with_single, decode
 from trilemma.decode.single import decode_single
 
 __all__ = [
+    "AnyModel",
+    "Average",
     "BatchingReport",
     "DecodingBatch",
     "Disagreement",
     "Ensemble",
     "Hypothesis",
+    "Line",
     "Phrase",
     "Prompts",
     "Request",
     "StepModel",
     "TooLong",
+    "Written",
     "check_decoding",
     "collate",
     "compare_with_single",
     "decode",
     "decode_beam",
     "decode_single",
+    "joined",
     "length_penalty",
     "plan_batches",
+    "write",
 ]

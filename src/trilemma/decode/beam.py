@@ -21,8 +21,8 @@ one source stay contiguous and equal in number: memory that they share need not 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def decode_beam(
     """
     check_beam(config)
     groups, width = config.beam_groups, config.beam_size // config.beam_groups
-    n_best = math.ceil(config.n_best / groups)
+    n_best = min(config.n_best, width)
     eyes, score = observer(model, config), _Score(config.length_penalty, config.coverage_penalty)
     choice, rules = _choice(config, batch, eos, unk)
     with eyes.looking(batch.size, batch.lengths):
@@ -310,13 +310,21 @@ def _collect(live: _Live, finished: _Finished, length: int, score: _Score) -> li
 
 
 def _merged(results: list[list[Hypothesis]], groups: int, n_best: int) -> list[list[Hypothesis]]:
-    """The outputs of the groups of each source as one list, each output once; finished ones first, then by score."""
+    """The outputs of each source: the best of every group, then the second ones, each output once.
+
+    In the order of a plain beam: finished ones first, then by score.
+    """
     merged = []
     for start in range(0, len(results), groups):
-        found = {(tuple(one.tokens), one.finished): one for group in results[start : start + groups] for one in group}
-        acted = tuple(dict.fromkeys(key for one in found.values() for key in one.acted))
+        own = results[start : start + groups]
+        in_turn = (one for rank in zip_longest(*own) for one in rank if one is not None)
+        found: dict[tuple[tuple[int, ...], bool], Hypothesis] = {}
+        for one in in_turn:
+            if len(found) < n_best:
+                found.setdefault((tuple(one.tokens), one.finished), one)
+        acted = tuple(dict.fromkeys(key for outputs in own for one in outputs for key in one.acted))
         order = sorted(found.values(), key=lambda one: (not one.finished, -one.score))
-        merged.append([replace(one, acted=acted) for one in order[:n_best]])
+        merged.append([replace(one, acted=acted) for one in order])
     return merged
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from trilemma.config import ModelConfig
+from trilemma.errors import ConfigError, nearest
 from trilemma.mixers.base import Mixer
 from trilemma.models import SequenceModel
 from trilemma.models.layouts import ModelState
+from trilemma.runs.load import LoadedRun
 from trilemma.state import State, TupleState
 
 Average = Literal["log-probability", "probability"]
@@ -112,6 +114,39 @@ class Ensemble(nn.Module):
         return stacked.logsumexp(0) - math.log(len(wide))
 
 
-def members(model: SequenceModel | Ensemble) -> list[SequenceModel]:
+def joined(runs: Sequence[LoadedRun], average: str) -> Ensemble:
+    """The models of several runs as one.
+
+    Raises:
+        ConfigError: an unknown average; runs that differ in task, layout or vocabulary.
+    """
+    if average not in get_args(Average):
+        raise ConfigError(f'unknown average "{average}"{nearest(average, get_args(Average))}')
+    first = _facts(runs[0])
+    for other in runs[1:]:
+        for name, found in _facts(other).items():
+            if found != first[name]:
+                raise ConfigError(
+                    f"{other.directory.path}: {name} is {found}, that of {runs[0].directory.path} is {first[name]}: "
+                    "an ensemble's runs share task, layout and vocabulary"
+                )
+    return Ensemble([run.model for run in runs], cast("Average", average))
+
+
+def _facts(run: LoadedRun) -> dict[str, object]:
+    config = run.config
+    return {
+        "data.task": config.data.task,
+        "model.layout": config.model.layout,
+        "model.prefix": config.model.prefix,
+        "data.lowercase": config.data.lowercase,
+        "vocabulary": run.tokenizer.fingerprint[:12],
+    }
+
+
+AnyModel = SequenceModel | Ensemble
+
+
+def members(model: AnyModel) -> list[SequenceModel]:
     """The models of an ensemble, or the one model."""
     return model.members() if isinstance(model, Ensemble) else [model]

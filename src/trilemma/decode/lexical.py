@@ -89,13 +89,18 @@ class Patterns:
         return begun
 
     def bank(self, history: Tensor) -> Tensor:
-        """[B, N] tokens of phrases that a hypothesis has: all of the met ones, and what is begun of the others."""
+        """[B, N] tokens of phrases that a hypothesis has: of all that are met, and of the other that has come furthest.
+
+        One token may begin several phrases but go on with only one of them: counting it for each would let a
+        hypothesis that goes on fall behind one that only begins, for ever.
+        """
         met = self.met(history)
         begun = torch.zeros_like(met, dtype=torch.long)
         where = self.phrase[:, None].expand(-1, history.shape[1], -1)
         begun = begun.scatter_reduce(2, where, self.begun(history), "amax")
         weights = self.weights[:, None]
-        return torch.where(met, weights, torch.minimum(begun, (weights - 1).clamp(min=0))).sum(-1)
+        open_ = torch.minimum(begun, (weights - 1).clamp(min=0)).masked_fill(met, 0)
+        return (weights * met).sum(-1) + open_.amax(-1)
 
     def wanted(self, history: Tensor) -> Tensor:
         """[B, N, 2 W] the tokens that begin or continue a phrase that is not met; -1: none."""

@@ -15,6 +15,7 @@ from trilemma.config import DecodingConfig
 from trilemma.decode.batching import collate, plan_batches
 from trilemma.decode.beam import check_beam, decode_beam
 from trilemma.decode.hypothesis import Hypothesis, Request, StateType, StepModel
+from trilemma.decode.risk import check_risk
 from trilemma.decode.single import decode_single
 from trilemma.errors import ConfigError
 
@@ -67,7 +68,7 @@ def check_decoding(config: DecodingConfig) -> None:
     """Refuses settings that exclude each other.
 
     Raises:
-        ConfigError: n_best with greedy decoding, or a beam that cannot be (`check_beam`).
+        ConfigError: n_best with greedy decoding, or a beam or candidates that cannot be (`check_beam`, `check_risk`).
     """
     if config.method == "greedy" and config.n_best > 1:
         raise ConfigError(
@@ -76,6 +77,7 @@ def check_decoding(config: DecodingConfig) -> None:
         )
     if config.method == "beam":
         check_beam(config)
+    check_risk(config)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from trilemma.config import DataConfig, DecodingConfig, RunConfig
 from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
-from trilemma.decode import Prompts, Request, TooLong, decode
+from trilemma.decode import AnyModel, Prompts, Request, TooLong, write
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
 from trilemma.measure import quality
 from trilemma.measure.calibration import BINS, at_temperature, calibration_error
@@ -124,7 +125,7 @@ def score_model(
 
 
 def score_texts(
-    model: SequenceModel,
+    model: AnyModel,
     tokenizer: Tokenizer,
     config: RunConfig,
     sources: Sequence[str],
@@ -151,6 +152,7 @@ def score_texts(
     if not sources:
         raise DataError(f"{split}: nothing to score: no lines")
     if task == "classification":
+        assert isinstance(model, SequenceModel), "ensembles generate and score texts"
         classes = _score_classes(model, tokenizer, config, sources, targets, split, wanted, temperature, device)
         return _with_intervals(classes)
     if task == "masked-language-model":
@@ -187,7 +189,7 @@ def _with_intervals(evaluation: Evaluation) -> Evaluation:
 
 
 def _outputs(
-    model: SequenceModel,
+    model: AnyModel,
     prompts: Prompts,
     sources: Sequence[str],
     decoding: DecodingConfig,
@@ -195,21 +197,23 @@ def _outputs(
     device: torch.device | str,
 ) -> tuple[list[str], list[str]]:
     """The best output of each source, empty for empty ones, and notes."""
-    decoding = decoding.model_copy(update={"n_best": 1})
+    decoding = decoding.model_copy(update={"n_best": 1, "alignments": None})
     requests = []
     for request in prompts.requests(sources, decoding, beyond_training=True):
         if isinstance(request, TooLong):
             raise LengthError(f"{split}: line {request.index + 1}: {request}")
         if sources[request.index].strip():
             requests.append(request)
-    tokenizer = prompts.tokenizer
-    results = decode(model, requests, decoding, eos=tokenizer.eos, pad=tokenizer.pad, device=device)
+    texts = [sources[request.index] for request in requests]
+    results = write(model, prompts, requests, texts, decoding, device)
     outputs = [""] * len(sources)
-    cut = 0
-    for request, hypotheses in zip(requests, results, strict=True):
-        outputs[request.index] = prompts.text(hypotheses[0])
-        cut += not hypotheses[0].finished
+    cut, acted = 0, Counter[str]()
+    for request, written in zip(requests, results, strict=True):
+        outputs[request.index] = written[0].text
+        cut += not written[0].hypothesis.finished
+        acted.update(written[0].hypothesis.acted)
     notes = [f"{cut} of {len(sources)} outputs were cut at the length limit"] if cut else []
+    notes += [f"decoding.{key} acted on {count} of {len(sources)} outputs" for key, count in acted.items()]
     return outputs, notes
 
 
@@ -239,7 +243,7 @@ def _likelihood_scores(nats: Array, tokens: Array, sizes: Array, wanted: Sequenc
 
 
 def _score_documents(
-    model: SequenceModel,
+    model: AnyModel,
     prompts: Prompts,
     documents: Sequence[str],
     line_ends: int,

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilemma.decode import Request, collate, plan_batches
-from trilemma.models import SequenceModel
+from trilemma.decode import AnyModel, Request, collate, plan_batches
 
 # Logits of one piece of the head's work: small pieces stay in the processor's caches.
 _LOGITS_PER_CHUNK = 1 << 22
 
 
 def forced_nats(
-    model: SequenceModel,
+    model: AnyModel,
     contexts: Sequence[Request],
     targets: Sequence[Sequence[int]],
     *,
@@ -39,7 +38,7 @@ def forced_nats(
 
 @torch.no_grad()
 def forced_token_nats(
-    model: SequenceModel,
+    model: AnyModel,
     contexts: Sequence[Request],
     targets: Sequence[Sequence[int]],
     *,
@@ -82,7 +81,7 @@ def forced_token_nats(
     return results
 
 
-def _nats(model: SequenceModel, hidden: Tensor, where: Tensor, labels: Tensor) -> Tensor:
+def _nats(model: AnyModel, hidden: Tensor, where: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of `labels` at the places `where` of the flattened batch; float64, on the CPU."""
     vectors = hidden.flatten(0, 1).index_select(0, where.to(hidden.device))
     assert model.config.vocab_size is not None

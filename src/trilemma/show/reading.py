@@ -72,11 +72,11 @@ def read(predictor: Predictor, text: str, target: str | None = None) -> Reading:
         if longest is not None and len(inputs) > longest:
             raise LengthError(f"{len(inputs)} tokens, more than model.max_length = {longest}")
         return _reading(tokenizer, inputs, None, None, None)
-    request = prompts.requests([text], predictor.decoding(method="greedy", n_best=1))[0]
+    request = prompts.requests([text], predictor.decoding(method="greedy", n_best=1, mbr=None))[0]
     if isinstance(request, TooLong):
         raise LengthError(f"the text has {request}")
     if target is None:
-        settings = predictor.decoding(method="greedy", n_best=1)
+        settings = predictor.decoding(method="greedy", n_best=1, mbr=None)
         model, device = predictor.model, predictor.device
         (best,) = decode(model, [request], settings, eos=tokenizer.eos, pad=tokenizer.pad, device=device)[0]
         written, target = best.tokens, prompts.text(best)
