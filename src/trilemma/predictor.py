@@ -44,11 +44,11 @@ from trilemma.errors import (
     nearest,
 )
 from trilemma.machine import choose_device
-from trilemma.measure.evaluation import Evaluation, score_model, score_texts
+from trilemma.measure.evaluation import Evaluation, score_model, score_questions, score_texts
 from trilemma.measure.forced import forced_token_nats
 from trilemma.measure.reading import Classified as Classified
 from trilemma.measure.reading import Reader
-from trilemma.measure.texts import file_texts, split_texts
+from trilemma.measure.texts import file_texts, questions_of, split_texts
 from trilemma.models import SequenceModel
 from trilemma.runs import RunDirectory
 from trilemma.runs.load import load_run
@@ -365,6 +365,13 @@ class Predictor(Reader):
             dataset, _ = prepare(self.config, self.tokenizer)
             return score_model(self.model, dataset, split, metrics=metrics, device=self.device)
         chosen = [Path(file) for file in files]
+        if self.config.data.task == "question-answering":
+            if len(chosen) > 1:
+                raise ConfigError(f"a question-answering run is scored on one .json file; {len(chosen)} were given")
+            questions = questions_of(self.config, split, *chosen)
+            name = chosen[0].name if chosen else split
+            given: dict[str, Any] = {"split": name, "decoding": settings, "metrics": metrics, "device": self.device}
+            return score_questions(self.model, self.tokenizer, self.config, questions, **given)
         texts = file_texts(self.config, chosen) if chosen else split_texts(self.config, split)
         return score_texts(
             self.whole,

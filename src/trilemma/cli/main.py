@@ -37,6 +37,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("trilemma.cli.generate", "stdin to stdout, one line in, one line out"),
     "score": Verb("trilemma.cli.score", "log-probabilities of given texts, whole and token by token"),
     "classify": Verb("trilemma.cli.classify", "labels and probabilities for lines of text"),
+    "answer": Verb("trilemma.cli.answer", "answers to questions, as parts of a passage"),
     "embed": Verb("trilemma.cli.embed", "a vector for each line of text, as JSON lines"),
     "verify": Verb("trilemma.cli.verify", "the laws, on our mixers or on yours (--plugin)"),
     "bench": Verb("trilemma.cli.bench", "cost curves: prefill, time per token, state bytes against context"),

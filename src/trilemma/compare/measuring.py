@@ -32,7 +32,7 @@ def metric_of(study: StudyConfig) -> str:
     data = study.base.data
     if study.metric is None:
         by_task = {"language-model": "bits_per_byte", "masked-language-model": "loss"}
-        by_task |= {"classification": "accuracy", "probe": "accuracy"}
+        by_task |= {"classification": "accuracy", "probe": "accuracy", "question-answering": "f1"}
         return by_task.get(data.task, "exact_match" if _is_generated(data) else "bleu")
     known = [name for name in TASK_METRICS[data.task] if name in METRICS]
     if study.metric not in known:

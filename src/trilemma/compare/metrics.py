@@ -92,6 +92,7 @@ _METRICS = (
     Metric("bleu", "BLEU", "", True, 0.0, 100.0, 2, BLEU_WIDTH, bleu_from_sums),
     Metric("exact_match", "exact match", "%", True, 0.0, 100.0, 2, 2, percent_from_sums),
     Metric("accuracy", "accuracy", "%", True, 0.0, 100.0, 2, 2, percent_from_sums),
+    Metric("f1", "F1", "%", True, 0.0, 100.0, 2, 2, percent_from_sums),
     Metric("bits_per_byte", "bits per byte", "", False, 0.0, np.inf, 4, 2, ratio_from_sums),
     Metric("loss", "loss", "nats per token", False, 0.0, np.inf, 4, 2, ratio_from_sums),
     Metric("perplexity", "perplexity", "per token", False, 1.0, np.inf, 3, 2, perplexity_from_sums),

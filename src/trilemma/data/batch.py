@@ -30,14 +30,17 @@ class Batch:
 
     Attributes:
         inputs: [batch, length] token ids.
-        labels: [batch, length], IGNORE where not scored; for classification [batch].
+        labels: [batch, length], IGNORE where not scored; for classification [batch]; for question answering [batch, 2],
+            the answer's first and last place, 0 where the row does not hold it.
         lengths: [batch] valid tokens of `inputs`.
         source, source_lengths: encoder side of an encoder-decoder: [batch, source length], [batch].
-        prefix: [batch] length of the source part of a decoder-only sequence-to-sequence row.
+        prefix: [batch] length of the source part of a decoder-only sequence-to-sequence row; for question answering the
+            place where the passage starts.
         segments: [batch, length] document number of each token of a packed row, -1 at padding.
         index: the k of "batch k".
         num_targets: scored labels. num_tokens: valid input and source tokens.
         examples: the dataset's example index of each row (empty for rows cut from a stream).
+        types: [batch, length] 0 for a question, 1 for its passage; None elsewhere.
     """
 
     inputs: Tensor
@@ -51,6 +54,7 @@ class Batch:
     num_targets: int
     num_tokens: int
     examples: tuple[int, ...] = ()
+    types: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
@@ -130,6 +134,17 @@ def labelled_batch(
     """inputs = tokens; labels as they are, IGNORE where nothing is scored."""
     inputs = [tokens.astype(np.int64) for tokens, _ in rows]
     return _batch(inputs, [labels.astype(np.int64) for _, labels in rows], tokenizer.pad, index, examples)
+
+
+def question_batch(
+    rows: Sequence[tuple[Ids, Ids]], tokenizer: Tokenizer, index: int = 0, examples: Sequence[int] = ()
+) -> Batch:
+    """inputs = [bos] question [sep] window [eos]; see `data.questions.rows_of` for the rows."""
+    inputs = [_row(tokenizer.bos, tokens, tokenizer.eos) for tokens, _ in rows]
+    batch = _batch(inputs, [], tokenizer.pad, index, examples)
+    places = torch.tensor(np.stack([place for _, place in rows]), dtype=torch.int64) + 1  # after [bos]; NONE becomes 0
+    types = (torch.arange(batch.inputs.shape[1]) >= places[:, :1]).long()
+    return replace(batch, labels=places[:, 1:], prefix=places[:, 0], types=types, num_targets=len(rows))
 
 
 def stream_batch(

@@ -18,6 +18,7 @@ from trilemma.data.batch import (
     encoder_decoder_batch,
     labelled_batch,
     mask_batch,
+    question_batch,
     stream_batch,
 )
 from trilemma.data.cache import TokenStore, hash_values_of
@@ -35,6 +36,7 @@ _LAYOUTS = {
     "language-model": ("decoder-only",),
     "classification": ("encoder-only",),
     "masked-language-model": ("encoder-only",),
+    "question-answering": ("encoder-only",),
     "probe": ("decoder-only",),
 }
 
@@ -142,6 +144,8 @@ class Dataset:
         """
         model = {"vocab_size": _at_least("vocab_size", config.model.vocab_size, self.tokenizer.vocab_size)}
         data = {}
+        if self.task == "question-answering":
+            model["num_labels"] = 2  # scores of a first and a last place
         if self.label_names is not None:
             model["num_labels"] = _at_least("num_labels", config.model.num_labels, len(self.label_names))
             data["labels"] = self.label_names
@@ -171,7 +175,8 @@ class Dataset:
 
     def _pair_plan(self, split: str) -> PairPlan:
         first_field, second_field = FIELDS[self.task]
-        first = self._lengths(split, first_field, {"classification": 2, "probe": 0}.get(self.task, 1))
+        added = {"classification": 2, "question-answering": 2, "probe": 0}
+        first = self._lengths(split, first_field, added.get(self.task, 1))
         second = self._lengths(split, second_field, 1) * (1 if self.task == "seq2seq" else 0)
         budget = self.config.training.batch_tokens
         if split != "train":
@@ -194,6 +199,8 @@ class Dataset:
         source = self._lengths("train", FIELDS[self.task][0], 0)
         target = second - 1
         over = (source > data.max_source_length) | (target > data.max_target_length)
+        if self.task == "question-answering":  # windows are cut to data.context_length
+            over = np.zeros_like(over)
         if over.any() and data.over_length == "error":
             index = int(np.argmax(over))
             sides = f"{source[index]} source tokens" + (
@@ -257,6 +264,8 @@ class Dataset:
             collate = classification_batch
         elif self.task == "probe":
             collate = labelled_batch
+        elif self.task == "question-answering":
+            collate = question_batch
         elif self.config.model.layout == "encoder-decoder":
             collate = encoder_decoder_batch
         else:
@@ -286,12 +295,18 @@ class Dataset:
 
 
 def check_layout(config: RunConfig) -> None:
-    """`CapabilityError` when the model's layout cannot learn the task."""
+    """`CapabilityError` when the model's layout cannot learn the task, `ConfigError` when its head is another's."""
     allowed = _LAYOUTS[config.data.task]
     if config.model.layout not in allowed:
         raise CapabilityError(
             f"data.task {config.data.task} needs model.layout {' or '.join(allowed)}, not {config.model.layout}"
         )
+    of_tokens = config.data.task == "question-answering"
+    if (of_tokens or config.data.task == "classification") and (config.model.pooling == "none") != of_tokens:
+        wanted = "none" if of_tokens else "mean or first"
+        raise ConfigError(f"data.task {config.data.task} needs model.pooling={wanted}, not {config.model.pooling}")
+    if of_tokens and config.model.num_labels not in (None, 2):
+        raise ConfigError(f"model.num_labels: {config.model.num_labels}; question answering has 2: leave it out")
 
 
 def _at_least(name: str, chosen: int | None, needed: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trilemma.data.cache import (
 from trilemma.data.dataset import Dataset, check_layout
 from trilemma.data.generated import GENERATOR_VERSION, generate
 from trilemma.data.probes.prepare import prepare_probe
+from trilemma.data.questions import read_questions, rows_of
 from trilemma.data.readers import (
     FIELDS,
     Example,
@@ -71,12 +73,14 @@ def prepare(
     check_layout(config)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     task = config.data.task
-    if task == "probe" and data is not None:
-        raise ConfigError("data.task probe is generated: no data can be given")
+    if task in ("probe", "question-answering") and data is not None:
+        where = "is generated" if task == "probe" else "reads .json files"
+        raise ConfigError(f"data.task {task} {where}: no data can be given")
     sources = _sources(config, root, data)
     if task == "probe":
         return prepare_probe(config, sources, tokenizer, root)
-    inputs = {split: [_Input(source, split, config, root) for source in found] for split, found in sources.items()}
+    kind = _Questions if task == "question-answering" else _Input
+    inputs = {split: [kind(source, split, config, root) for source in found] for split, found in sources.items()}
     if tokenizer is None:
         tokenizer = _tokenizer(config, inputs["train"], root)
     labels = _labels(config.data, inputs["train"]) if task == "classification" else None
@@ -206,6 +210,43 @@ class _Input:
                 if ends:
                     builder.finish_example()
             progress.add(len(chunk))
+
+
+class _Questions(_Input):
+    """Questions about passages: each window of a passage is an example."""
+
+    def __init__(self, source: Source, split: str, config: RunConfig, root: Path) -> None:
+        super().__init__(source, split, config, root)
+        self.data = config.data
+
+    def texts(self) -> Iterator[str]:
+        """Questions, and each passage once."""
+        passage = None
+        for item in read_questions(self.source):
+            if item.passage != passage:
+                passage = item.passage
+                yield passage
+            yield item.question
+
+    def store(self, tokenizer: Tokenizer, labels: list[str] | None, keep_text: bool) -> TokenStore:
+        """The token store of the windows; the text stays in its file."""
+        sizes = [self.data.context_length, self.data.window_overlap]
+        key = hash_values_of("questions", self.key, tokenizer.fingerprint, sizes)
+        root = self.root / "tokens"
+
+        def build() -> TokenStore:
+            progress = Progress(f"tokenising {self.name}")
+            encode = lru_cache(maxsize=1)(tokenizer.encode_with_offsets)  # questions about one passage stand together
+            with StoreBuilder(root, key, FIELDS[self.task], keep_text=False) as builder:
+                for item in read_questions(self.source):
+                    for tokens, span in rows_of(item, encode(item.passage), tokenizer, self.data):
+                        builder.append("tokens", tokens, "")
+                        builder.append("labels", span, "")
+                        builder.finish_example()
+                    progress.add(1)
+                return builder.publish({"name": self.name, "input": self.key})
+
+        return open_or_build(root, key, build)
 
 
 def _encoder(

@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "language-model": ("text",),
     "masked-language-model": ("text",),
+    "question-answering": ("tokens", "labels"),
     "probe": ("tokens", "labels"),
 }
 FORMATS = (".txt", ".tsv", ".jsonl", ".parquet")

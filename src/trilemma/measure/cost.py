@@ -357,11 +357,12 @@ def _random_tokens(model: SequenceModel, batch: int, length: int, seed: int) -> 
 
 
 def _random_labels(model: SequenceModel, inputs: Tensor, seed: int) -> Tensor:
-    """[batch, length] next tokens, or [batch] classes."""
+    """[batch, length] next tokens or classes of tokens, or [batch] classes."""
     if model.config.num_labels is None:
         return _random_tokens(model, inputs.shape[0], inputs.shape[1], seed)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.num_labels, inputs.shape[:1], generator=generator).to(inputs.device)
+    shape = inputs.shape if model.config.pooling == "none" else inputs.shape[:1]
+    return torch.randint(model.config.num_labels, shape, generator=generator).to(inputs.device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

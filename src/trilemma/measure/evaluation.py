@@ -13,13 +13,16 @@ import torch.nn.functional as F
 
 from trilemma.config import DataConfig, DecodingConfig, RunConfig
 from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
+from trilemma.data.questions import Question
 from trilemma.decode import AnyModel, Prompts, Request, TooLong, write
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
-from trilemma.measure import quality
+from trilemma.measure import answers, quality
+from trilemma.measure.answers import find_answers
 from trilemma.measure.calibration import BINS, at_temperature, calibration_error
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.forced import forced_nats
 from trilemma.measure.quality import Array, Score
+from trilemma.measure.texts import questions_of
 from trilemma.models import SequenceModel
 
 # Padded tokens of one batch of forced decoding; results do not depend on it.
@@ -32,6 +35,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "language-model": LIKELIHOOD_METRICS,
     "classification": ("accuracy", "loss", "calibration_error", "calibration_error_raw"),
     "masked-language-model": ("loss", "perplexity"),
+    "question-answering": ("exact_match", "f1"),
     "probe": ("accuracy", "exact_match", "loss"),
 }
 
@@ -106,6 +110,18 @@ def score_model(
         return _with_intervals(_score_masked(model, dataset, split, metrics, device))
     if config.data.task == "probe":
         return _with_intervals(_score_probe(model, dataset, split, metrics, device))
+    if config.data.task == "question-answering":
+        questions = questions_of(config, split)
+        return score_questions(
+            model,
+            dataset.tokenizer,
+            config,
+            questions,
+            split=split,
+            decoding=decoding,
+            metrics=metrics,
+            device=device,
+        )
     sources, targets = dataset.eval_texts(split)
     line_ends = 0
     if config.data.task == "language-model":
@@ -303,6 +319,41 @@ def _score_classes(
             error = calibration_error(at_temperature(log_probabilities, chosen), ids)
             scores.append(Score(metric, error, f"bins:{BINS}|temperature:{chosen:.4g}", len(ids)))
     return Evaluation(split, scores, list(texts), list(labels), predicted)
+
+
+def score_questions(
+    model: SequenceModel,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    questions: Sequence[Question],
+    *,
+    split: str = "test",
+    decoding: DecodingConfig | None = None,
+    metrics: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Exact match and F1 of answers, each against the nearest right one; by character for languages without spaces.
+
+    Other arguments and errors are those of `score_model`.
+    """
+    wanted = check_metrics("question-answering", metrics)
+    longest = (decoding or config.decoding).max_length
+    pairs = [(item.question, item.passage) for item in questions]
+    found = find_answers(model, tokenizer, config, pairs, longest=longest, device=device)
+    said = [answer.text for answer in found]
+    characters = answers.by_character(config.data.source_language)
+    unit = "characters|punctuation:unicode" if characters else "words|punctuation:ascii|articles:en"
+    signature = f"unit:percent|{unit}|longest:{longest or answers.DEFAULT_LONGEST}"
+    right = [item.answers for item in questions]
+    scores = []
+    if "exact_match" in wanted:
+        hits = [answers.exact(one, these, characters) for one, these in zip(said, right, strict=True)]
+        scores.append(replace(quality.accuracy(hits, [True] * len(hits)), metric="exact_match", signature=signature))
+    if "f1" in wanted:
+        shares = [answers.f1(one, these, characters) for one, these in zip(said, right, strict=True)]
+        scores.append(replace(quality.mean_share(shares), signature=signature))
+    sources = [item.question for item in questions]
+    return _with_intervals(Evaluation(split, scores, sources, [these[0] for these in right], said))
 
 
 @torch.no_grad()

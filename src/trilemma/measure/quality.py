@@ -36,7 +36,7 @@ class Score:
     """A signed value.
 
     Attributes:
-        metric: "bleu", "chrf", "exact_match", "accuracy" (these four 0 to 100), "loss" (nats per token), "perplexity"
+        metric: "bleu", "chrf", "exact_match", "accuracy", "f1" (these 0 to 100), "loss" (nats per token), "perplexity"
             (per token) or "bits_per_byte".
         value: over all segments.
         signature: what makes the number comparable: for BLEU and chrF sacrebleu's.
@@ -170,6 +170,12 @@ def accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> Score:
     return _proportion("accuracy", [p == e for p, e in zip(predicted, expected, strict=True)], size)
 
 
+def mean_share(shares: Sequence[float]) -> Score:
+    """The mean of shares of 0 to 1, in per cent ("f1"); its interval is a bootstrap's."""
+    rows = np.stack([np.asarray(shares, dtype=np.float64), np.ones(len(shares))], axis=1)
+    return Score("f1", from_segments("f1", rows), "unit:percent", len(rows), segments=rows)
+
+
 def label_accuracy(hits: Sequence[int] | Array, labels: Sequence[int] | Array) -> Score:
     """Percentage of scored positions whose label was said; one entry per row of a probe."""
     rows = _ratio_rows(hits, labels, "labels")
@@ -225,7 +231,7 @@ def from_segments(metric: str, segments: Array) -> float:
     Raises:
         ConfigError: unknown metric, or one without sufficient statistics (chrF).
     """
-    known = ("bleu", "exact_match", "accuracy", "loss", "perplexity", "bits_per_byte")
+    known = ("bleu", "exact_match", "accuracy", "f1", "loss", "perplexity", "bits_per_byte")
     if metric not in known:
         raise ConfigError(f'no sufficient statistics for the metric "{metric}"{nearest(metric, known)}')
     sums = segments.sum(axis=0)
@@ -233,7 +239,7 @@ def from_segments(metric: str, segments: Array) -> float:
         counts = [round(value) for value in sums]
         return float(BLEU.compute_bleu(counts[2:6], counts[6:10], counts[0], counts[1], smooth_method="exp").score)
     ratio = float(sums[0] / sums[1])
-    if metric in ("exact_match", "accuracy"):
+    if metric in ("exact_match", "accuracy", "f1"):
         return 100.0 * ratio
     return math.exp(ratio) if metric == "perplexity" else ratio
 

@@ -1,4 +1,4 @@
-"""What a run says about texts that it reads: labels with probabilities, and vectors."""
+"""What a run says about texts that it reads: labels with probabilities, answers, vectors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trilemma.config import RunConfig
 from trilemma.data import Tokenizer
 from trilemma.errors import CapabilityError, CheckpointError, LengthError
+from trilemma.measure.answers import Answer, find_answers
 from trilemma.measure.calibration import at_temperature
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.vectors import Pooling, text_vectors
@@ -113,6 +114,28 @@ class Reader:
             lines,
             pooling=pooling,
             normalise=normalise,
+            device=self.device,
+            first_line=first_line,
+        )
+
+    def answer(self, pairs: Sequence[tuple[str, str]], longest: int | None = None, first_line: int = 1) -> list[Answer]:
+        """The likeliest answer to each (question, passage): a part of the passage.
+
+        Args:
+            pairs: any number of them; a passage may be longer than the model reads at once.
+            longest: tokens of an answer; None: the run's `decoding.max_length`, else 30.
+            first_line: the number of the first one, for messages.
+
+        Raises:
+            CapabilityError: the run answers no questions.
+            LengthError: a question leaves no room for its passage; names the line.
+        """
+        return find_answers(
+            self.model,
+            self.tokenizer,
+            self.config,
+            pairs,
+            longest=longest or self.config.decoding.max_length,
             device=self.device,
             first_line=first_line,
         )

@@ -11,6 +11,7 @@ from typing import Literal
 
 from trilemma.config import RunConfig, Source
 from trilemma.data.generated import generate
+from trilemma.data.questions import Question, read_questions
 from trilemma.data.readers import file_format, is_streamed, read_documents, read_records, source_files
 from trilemma.errors import ConfigError, DataError
 
@@ -37,6 +38,10 @@ def split_texts(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
     Raises:
         DataError: the run has no such split, or its files are gone or malformed.
     """
+    return _read(config, _split_source(config, split), split, split)
+
+
+def _split_source(config: RunConfig, split: Literal["valid", "test"]) -> Source:
     source: Source | None = getattr(config.data, split)
     if source is None:
         sources = [config.data.train] if isinstance(config.data.train, Source) else config.data.train
@@ -44,7 +49,17 @@ def split_texts(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
         if train is None or train.generated is None:
             raise DataError(f"there is no {split} data: set data.{split} in the config, or name files to score")
         source = train.model_copy(update={"size": None, "weight": 1.0})
-    return _read(config, source, split, split)
+    return source
+
+
+def questions_of(config: RunConfig, split: Literal["valid", "test"], file: Path | None = None) -> list[Question]:
+    """The questions of a file given by hand, or of a run's split.
+
+    Raises:
+        DataError: the run has no such split, or the file is missing or malformed. ConfigError: no .json file.
+    """
+    source = _split_source(config, split) if file is None else Source(path=str(file))
+    return list(read_questions(source))
 
 
 def file_texts(config: RunConfig, files: list[Path]) -> Texts:

@@ -93,7 +93,7 @@ class SequenceModel(nn.Module, ABC):
 
         Returns:
             hidden [B, L, d_model] after the final norm; `head` makes logits of it. A classifier returns one vector a
-            row, [B, d_model].
+            row, [B, d_model], unless its pooling is "none".
 
         Raises:
             CapabilityError: a missing or superfluous source, packed rows where the layout has none.
@@ -323,11 +323,15 @@ class HeadTransform(nn.Module):
 
 
 class EncoderOnly(SequenceModel):
-    """A stack that reads in both directions: a masked language model, or with `num_labels` a classifier."""
+    """A stack that reads in both directions: a masked language model, or with `num_labels` a classifier.
+
+    A classifier of tokens (`pooling` "none") has a plain output, as BERT's for spans and tags, never a transform.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.head_transform = HeadTransform(config) if config.head_transform else None
+        transforms = config.head_transform and not self._labels_tokens()
+        self.head_transform = HeadTransform(config) if transforms else None
 
     def _role(self) -> str:
         return "encoder"
@@ -341,7 +345,8 @@ class EncoderOnly(SequenceModel):
         return output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits over labels [B, num_labels] for a classifier, else over the vocabulary."""
+        """Logits over labels [B, num_labels] for a classifier, [B, L, num_labels] for one of tokens, else over the
+        vocabulary."""
         if self.head_transform is not None:
             hidden = self.head_transform(hidden)
         if self.config.num_labels is None:
@@ -349,6 +354,9 @@ class EncoderOnly(SequenceModel):
         assert self.output is not None
         logits: Tensor = self.output(hidden)
         return logits
+
+    def _labels_tokens(self) -> bool:
+        return self.config.num_labels is not None and self.config.pooling == "none"
 
     def _packs(self) -> bool:
         return self.config.num_labels is None
@@ -361,7 +369,7 @@ class EncoderOnly(SequenceModel):
             raise CapabilityError("an encoder-only model reads its inputs; it has no separate source")
 
     def _pooled(self, hidden: Tensor, ragged: Ragged | None) -> Tensor:
-        if self.config.num_labels is None:
+        if self.config.num_labels is None or self._labels_tokens():
             return hidden
         if self.config.pooling == "first":
             return hidden[:, 0]
@@ -384,10 +392,10 @@ class EncoderOnly(SequenceModel):
 
     def _head_flops(self, length: int) -> int:
         width = self.config.d_model
-        transform = 2 * width * width if self.config.head_transform else 0
+        transform = 2 * width * width if self.head_transform is not None else 0
         if self.config.num_labels is None:
             return super()._head_flops(length) + length * transform
-        return 2 * width * self.config.num_labels + transform
+        return (2 * width * self.config.num_labels + transform) * (length if self._labels_tokens() else 1)
 
 
 def _embedding(config: ModelConfig) -> Embedding:

@@ -65,6 +65,8 @@ def choose(
         raise ConfigError(
             "training.target_accuracy is for data.task probe; elsewhere training.patience ends a run early"
         )
+    if training.label_smoothing and config.data.task == "question-answering":
+        raise ConfigError("training.label_smoothing is not for question answering: leave it out")
     changes, notes = {}, dict(config.notes)
     if training.device == "auto":
         changes["device"], notes["training.device"] = machine.choose_device("auto")

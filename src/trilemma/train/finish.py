@@ -125,7 +125,12 @@ def model_card(config: RunConfig, summary: Mapping[str, Any]) -> str:
     (Mitchell et al. 2019, "Model Cards for Model Reporting".)
     """
     languages = [name for name in (config.data.source_language, config.data.target_language) if name]
-    task = {"seq2seq": "translation", "language-model": "text-generation", "classification": "text-classification"}
+    task = {
+        "seq2seq": "translation",
+        "language-model": "text-generation",
+        "classification": "text-classification",
+        "question-answering": "question-answering",
+    }
     lines = ["---", "library_name: trilemma", f"pipeline_tag: {task.get(config.data.task, 'fill-mask')}"]
     lines += ["language:", *(f"- {_plain(name)}" for name in dict.fromkeys(languages))] if languages else []
     lines += ["tags:", "- trilemma", f"- {config.model.layout}", "---", "", f"# {_plain(config.name)}", ""]

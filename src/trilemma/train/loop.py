@@ -174,11 +174,11 @@ class Trainer:
         self.model.train()
         batch = batch.to(self.processes.device)
         with self._autocast():
-            hidden = run_model(self.model, batch)
-            loss = objective.backward(
-                self.model.head, hidden, batch.labels, self.config.training.label_smoothing, scale, self._classes()
-            )
-        return float(loss)
+            hidden, head = run_model(self.model, batch), self.model.head
+            if self.config.data.task == "question-answering":
+                return float(objective.backward_spans(head, hidden, batch, scale))
+            smoothing = self.config.training.label_smoothing
+            return float(objective.backward(head, hidden, batch.labels, smoothing, scale, self._classes()))
 
     def _clipped(self, number: int, losses: list[float]) -> float:
         """The gradients' norm before clipping; `TrainingError` if it or a loss is not finite."""
@@ -302,8 +302,11 @@ class Trainer:
                 if not self.processes.mine(index):
                     continue
                 batch = batch.to(self.processes.device)
-                hidden = run_model(self.model, batch)
-                loss, right = objective.evaluate(self.model.head, hidden, batch.labels, self._classes())
+                hidden, head = run_model(self.model, batch), self.model.head
+                if self.config.data.task == "question-answering":
+                    loss, right = objective.evaluate_spans(head, hidden, batch)
+                else:
+                    loss, right = objective.evaluate(head, hidden, batch.labels, self._classes())
                 total, hits = total + float(loss), hits + int(right)
                 targets += batch.num_targets
         total, counted, found = self.processes.sum([total, float(targets), float(hits)])
@@ -365,7 +368,7 @@ class Trainer:
 
 
 def run_model(model: SequenceModel, batch: Batch) -> torch.Tensor:
-    """Hidden vectors [batch, length, d_model] (a classifier: [batch, d_model]) of a micro-batch."""
+    """Hidden vectors [batch, length, d_model] (a classifier of texts: [batch, d_model]) of a micro-batch."""
     hidden: torch.Tensor = model(
         batch.inputs,
         _lengths(batch.inputs, batch.lengths),
@@ -373,6 +376,7 @@ def run_model(model: SequenceModel, batch: Batch) -> torch.Tensor:
         source_lengths=_lengths(batch.source, batch.source_lengths),
         prefix=batch.prefix if model.config.prefix else None,
         segments=batch.segments,
+        types=batch.types if model.config.token_types > 1 else None,
     )
     return hidden
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trilemma.data import IGNORE
+from trilemma.data import IGNORE, Batch
+from trilemma.measure.spans import span_log_probabilities
 
 _LOGIT_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
@@ -69,6 +70,35 @@ def evaluate(head: Head, hidden: Tensor, labels: Tensor, vocab_size: int) -> tup
         total += _loss(logits, wanted, 0.0)
         hits += (logits.argmax(-1) == wanted).sum()
     return total, hits
+
+
+def backward_spans(head: Head, hidden: Tensor, batch: Batch, scale: float) -> Tensor:
+    """As `backward`, for the first and the last place of answers: the mean of the two cross-entropies over places
+    (Devlin et al. 2019, "BERT", section 4.2). Place 0 stands for "not in this window".
+
+    Args:
+        hidden: [batch, length, d_model], with a graph. batch: of questions, on hidden's device.
+    """
+    loss = _span_loss(head, hidden, batch)[0]
+    with _plain(hidden):
+        (loss * scale).backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate_spans(head: Head, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """As `evaluate`: the sum of the losses, and how many rows have both places right."""
+    loss, scores = _span_loss(head, hidden, batch)
+    return loss.double(), (scores.argmax(1) == batch.labels).all(1).sum()
+
+
+def _span_loss(head: Head, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss sum, and log-probabilities [batch, length, 2]."""
+    assert batch.prefix is not None
+    logits = head(hidden)
+    with _plain(logits):
+        scores = span_log_probabilities(logits.to(_loss_dtype(logits)), batch.prefix, batch.lengths)
+        return -scores.gather(1, batch.labels[:, None]).sum() / 2, scores
 
 
 def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
