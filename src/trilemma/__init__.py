@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from trilemma import laws as laws
+    from trilemma.decode import Line as Line
     from trilemma.mixers.base import build_mixer as build_mixer
     from trilemma.models import build_model as build_model
     from trilemma.predictor import load as load
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # name -> (module, attribute); None: the module itself. `trilemma.train` is a package that can be called.
 _LAZY: dict[str, tuple[str, str | None]] = {
+    "Line": ("trilemma.decode", "Line"),
     "available_mixers": ("trilemma.registry", "available_mixers"),
     "build_mixer": ("trilemma.mixers.base", "build_mixer"),
     "build_model": ("trilemma.models", "build_model"),
@@ -35,7 +37,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "train": ("trilemma.train", None),
 }
 
-__all__ = ["__version__", "available_mixers", "build_mixer", "build_model", "laws", "load", "train"]
+__all__ = ["Line", "__version__", "available_mixers", "build_mixer", "build_model", "laws", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
