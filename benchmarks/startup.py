@@ -1,34 +1,59 @@
-"""How long `trilemma --help` takes, as a user waits for it: whole processes, beside a bare interpreter.
+"""How long commands take as a user waits for them: whole processes, beside a bare interpreter.
 
-python benchmarks/startup.py
+python benchmarks/startup.py             # --help, and the first translation of a small model from a cold command
+python benchmarks/startup.py --tiny      # does everything run? Nothing is stored
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from common import provenance, store
+from trilemma.config import RunConfig, parse
+from trilemma.data.tokenizer import symbol_tokenizer
+from trilemma.models import build_model
+from trilemma.runs import RunDirectory
+from trilemma.runs.tensors import model_tensors
 
 RUNS = 10
 
 
-def seconds(command: list[str]) -> list[float]:
-    """Wall-clock times of whole processes, after one that fills the file cache."""
+def seconds(command: list[str], runs: int, text: str = "") -> list[float]:
+    """Wall-clock times of whole processes that read `text`, after one that fills the file cache."""
     times = []
-    for _ in range(RUNS + 1):
+    for _ in range(runs + 1):
         start = time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(command, input=text, text=True, stdout=subprocess.DEVNULL, check=True)
         times.append(time.perf_counter() - start)
     return times[1:]
 
 
+def small_run(folder: Path) -> Path:
+    """A run of Transformer-Tiny's size (4+4 layers, 128 wide), of random weights."""
+    torch.manual_seed(0)
+    tokenizer = symbol_tokenizer([str(number) for number in range(8000)])
+    model = {"vocab_size": tokenizer.vocab_size, "d_model": 128, "d_ff": 256, "num_layers": 4, "num_heads": 4}
+    config = parse(RunConfig, {"model": model, "decoding": {"max_length": 20}, "training": {"precision": "float32"}})
+    run = RunDirectory.create(folder, config, tokenizer.serialize().encode())
+    run.publish_model(model_tensors(build_model(config.model)))
+    return run.path
+
+
 def main() -> None:
     """Prints and stores the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="one process each; nothing is stored")
+    tiny = parser.parse_args().tiny
+    runs = 1 if tiny else RUNS
     program = str(Path(sys.executable).parent / "trilemma")
     commands = {
         "bare interpreter": [sys.executable, "-c", "pass"],
@@ -36,8 +61,13 @@ def main() -> None:
         "trilemma --version": [program, "--version"],
         "trilemma doctor --help": [program, "doctor", "--help"],
     }
-    measured = {name: statistics.median(seconds(command)) for name, command in commands.items()}
-    store("startup", {"benchmark": "startup", "median_seconds": measured, "runs": RUNS, **provenance()})
+    measured = {name: statistics.median(seconds(command, runs)) for name, command in commands.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        translate = [program, "generate", str(small_run(Path(folder) / "run"))]
+        sentence = " ".join(str(number) for number in range(20))
+        measured["first translation"] = statistics.median(seconds(translate, runs, f"{sentence}\n"))
+    if not tiny:
+        store("startup", {"benchmark": "startup", "median_seconds": measured, "runs": runs, **provenance()})
     print(json.dumps(measured))
 
 
