@@ -158,13 +158,9 @@ class Attention(Mixer):
             offset = state.bound if isinstance(state, KVCache) and state.uniform else state.lengths
         positions = call_positions(length, ragged, offset, x.device)
         inner = self.num_heads * self.head_dim
-        q_blc, k_blc, v_blc = self.qkv(x).split([inner, self.kv_width, self.kv_width], dim=-1)
-        queries = q_blc.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-        keys = k_blc.view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        values = v_blc.view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries, keys = self._placed(queries, keys, positions)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # of queries, keys, values
+        matched, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        queries, keys = self._placed(matched, positions)
         if state is None:
             mixed = self._attend_call(queries, keys, values, positions, ragged, valid, shared)
             after: State | None = None
@@ -175,21 +171,25 @@ class Attention(Mixer):
         y: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, inner))
         return y, after
 
-    def _placed(self, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys [B, H or G, L, D] rotated by their positions [B or 1, L]."""
-        if self.position not in ("rotary", "xpos"):
-            return queries, keys
-        precise = torch.float64 if queries.dtype == torch.float64 else torch.float32
-        frequencies = rotation_frequencies(self.head_dim, self.rotary_base, False, queries.device, precise)
-        angles = positions[..., None].to(precise) * frequencies
-        scales: list[Tensor | None] = [None, None]
-        if self.position == "xpos":
-            _check_xpos(positions, self.xpos_base)
-            scales = [xpos_scale(positions, self.head_dim, self.xpos_base, sign, precise) for sign in (1, -1)]
-        return (
-            rotate(queries, angles, self.rotary_interleaved, scales[0]),
-            rotate(keys, angles, self.rotary_interleaved, scales[1]),
-        )
+    def _placed(self, matched: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H + G, L, D], normalised where asked for and rotated by their positions [B or 1, L]."""
+        counts = [self.num_heads, self.num_kv_heads]
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = matched.split(counts, dim=1)
+            matched = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=1)
+        if self.position in ("rotary", "xpos"):
+            precise = torch.promote_types(matched.dtype, torch.float32)
+            frequencies = rotation_frequencies(self.head_dim, self.rotary_base, False, matched.device, precise)
+            angles = positions[..., None].to(precise) * frequencies
+            if self.position == "rotary":
+                matched = rotate(matched, angles, self.rotary_interleaved)
+            else:
+                _check_xpos(positions, self.xpos_base)
+                scales = (xpos_scale(positions, self.head_dim, self.xpos_base, sign, precise) for sign in (1, -1))
+                parts = zip(matched.split(counts, dim=1), scales, strict=True)
+                matched = torch.cat([rotate(part, angles, self.rotary_interleaved, to) for part, to in parts], dim=1)
+        queries, keys = matched.split(counts, dim=1)
+        return queries, keys
 
     def _attend_call(
         self,

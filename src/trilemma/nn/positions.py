@@ -65,9 +65,7 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | 
     if rest := x.shape[-1] // 2 - angles.shape[-1]:
         angles = nn.functional.pad(angles, (0, rest))
         scale = None if scale is None else nn.functional.pad(scale, (0, rest), value=1.0)
-    if (
-        interleaved
-    ):  # x cos + swapped sin, the first of a pair by the negative angle; strided halves would take twice the time
+    if interleaved:  # the first of a pair turns by the negative angle; strided halves would take twice the time
         angles = torch.stack([-angles, angles], dim=-1).flatten(-2)
         scale = None if scale is None else scale.repeat_interleave(2, dim=-1)
     sine, cosine = angles.sin(), angles.cos()
