@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import Json, print_json
-from trilemma.errors import ConfigError, nearest
+from trilemma.cli.common import Json, print_json, say
+from trilemma.errors import CapabilityError, ConfigError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +69,10 @@ def check(
         limits = {"source": max_source_length, "target": max_target_length}
         if task == "classification":
             limits = {"text": max_source_length}
+    if FIELDS[task] == ("tokens", "labels"):
+        raise CapabilityError(
+            f"data check reads lines of text; {task} has none: trilemma train checks its examples before it begins"
+        )
     loaded = Tokenizer.load(tokenizer) if tokenizer else None
     report = check_data(splits, task, loaded, limits, tokens_per_second)
     if json:
@@ -109,6 +113,8 @@ def _from_config(path: Path) -> tuple[dict[str, list[Source]], str, dict[str, in
 
     data = load_config(path).data
     train = data.train if isinstance(data.train, list) else [data.train]
+    if data.split is not None:
+        say("data.split: what is checked is the whole of data.train, before it is divided")
     optional = {"valid": data.valid, "test": data.test}
     splits = {"train": train, **{name: [source] for name, source in optional.items() if source is not None}}
     if any(source.generated for sources in splits.values() for source in sources):
