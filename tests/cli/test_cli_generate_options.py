@@ -89,6 +89,23 @@ def test_rules_that_act_are_reported(make_run: MakeRun, trilemma_of: Callable[..
     assert json.loads(out.splitlines()[-1])["acted"] == {"no_repeat_ngram": 2}
 
 
+def test_every_rule_has_its_words(make_run: MakeRun, trilemma_of: Callable[..., tuple]) -> None:
+    run = make_run(decoding__max_length=30)
+    Path("hold").write_text("xx\n\nyz\n")
+    code, _, err = trilemma_of(
+        "generate",
+        TEXT,
+        run,
+        "--phrases",
+        "hold",
+        "decoding.no_repeat_ngram=1",
+        f"decoding.banned={list(range(6, 100))}",
+    )
+    assert code == 0, err
+    assert "a forbidden token was avoided (decoding.banned) on" in err
+    assert "an output lacks a phrase: length limit or other rules left it no way on 1 lines" in err
+
+
 def test_an_ensemble_generates_scores_and_is_evaluated(
     make_run: MakeRun, trilemma_of: Callable[..., tuple], tmp_path: Path
 ) -> None:

@@ -176,6 +176,17 @@ def test_planted_rules_one_token_late_are_seen(monkeypatch: pytest.MonkeyPatch) 
         test_no_ngram_twice(2)
 
 
+def test_a_phrase_that_cannot_be_met_is_reported() -> None:
+    """The model would end at once; a rule forbids a token of the phrase."""
+    model = TinyModel(eos_bias=3.0)
+    requests = [Request([BOS], 6, source=[EOS], phrases=(Phrase(tokens),)) for tokens in ((3, 3), (5, 6))]
+    first, second = run(model, requests, no_repeat_ngram=1)
+    assert not first[0].finished
+    assert first[0].acted[-1] == "unmet"
+    assert second[0].finished
+    assert "unmet" not in second[0].acted
+
+
 def test_what_excludes_each_other() -> None:
     request = Request([BOS], 8, source=[EOS], phrases=(Phrase((3,)),))
     for method in ("greedy", "sample"):

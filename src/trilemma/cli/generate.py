@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _ACTED = {
     "no_repeat_ngram": "a repetition was prevented (decoding.no_repeat_ngram)",
     "unknown": "an unknown token was banned or replaced (decoding.unknown)",
+    "banned": "a forbidden token was avoided (decoding.banned)",
     "phrases": "the end waited for a phrase",
+    "unmet": "an output lacks a phrase: length limit or other rules left it no way",
 }
 # A line without an end must not fill the memory.
 LINE_BYTES = 1 << 20

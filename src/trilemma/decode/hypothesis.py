@@ -86,7 +86,7 @@ class Hypothesis:
             this output was taken, infinite unless margins were asked for. Rounding may flip decisions below its own
             size.
         acted: keys of the rules (`trilemma.decode.rules`) that forbade the likeliest continuation of any hypothesis of
-            this input.
+            this input; "unmet" where the output lacks a phrase.
     """
 
     tokens: list[int]

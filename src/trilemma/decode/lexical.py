@@ -12,7 +12,7 @@ Legend: B sources, N hypotheses of a source, T tokens so far, W patterns of a so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad as padded
 
 from trilemma.decode.choice import Candidates, Choice
-from trilemma.decode.hypothesis import Phrase
+from trilemma.decode.hypothesis import Hypothesis, Phrase
 from trilemma.decode.rules import Rule
 
 _ANY, _NOTHING = -1, -2  # a pattern's padding, which anything matches; what stands after the last token
@@ -112,6 +112,15 @@ class Patterns:
         tokens = torch.cat([following, patterns[..., 0]], dim=2)
         fits = torch.cat([open_ & ~late, open_ & ~(self.first[:, None] & (history.shape[2] > 0))], dim=2)
         return torch.where(fits, tokens, -1)
+
+
+def marked(hypothesis: Hypothesis, phrases: Sequence[Phrase]) -> Hypothesis:
+    """The hypothesis, reported under "unmet" if it lacks a phrase, as only one that was cut can."""
+    patterns = Patterns.of([phrases], torch.device("cpu"))
+    history = torch.tensor(hypothesis.tokens, dtype=torch.long)[None, None]
+    if bool(patterns.met(history).all()):
+        return hypothesis
+    return replace(hypothesis, acted=(*hypothesis.acted, "unmet"))
 
 
 @dataclass(frozen=True)

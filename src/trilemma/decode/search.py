@@ -15,6 +15,7 @@ from trilemma.config import DecodingConfig
 from trilemma.decode.batching import collate, plan_batches
 from trilemma.decode.beam import check_beam, decode_beam
 from trilemma.decode.hypothesis import Hypothesis, Request, StateType, StepModel
+from trilemma.decode.lexical import marked
 from trilemma.decode.risk import check_risk
 from trilemma.decode.single import decode_single
 from trilemma.errors import ConfigError
@@ -60,7 +61,8 @@ def decode(
     for positions in plan_batches(requests, config.batch_tokens, hypotheses):
         batch = collate([requests[position] for position in positions], pad, device)
         for position, outputs in zip(positions, run(model, batch, config, eos, pad, margins, unk), strict=True):
-            results[position] = outputs
+            phrases = requests[position].phrases
+            results[position] = [marked(one, phrases) for one in outputs] if phrases else outputs
     return results
 
 

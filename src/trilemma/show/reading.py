@@ -78,10 +78,11 @@ def read(predictor: Predictor, text: str, target: str | None = None) -> Reading:
     if target is None:
         settings = predictor.decoding(method="greedy", n_best=1, mbr=None)
         model, device = predictor.model, predictor.device
-        (best,) = decode(model, [request], settings, eos=tokenizer.eos, pad=tokenizer.pad, device=device)[0]
+        eos, pad, unk = tokenizer.eos, tokenizer.pad, tokenizer.unk
+        (best,) = decode(model, [request], settings, eos=eos, pad=pad, unk=unk, device=device)[0]
         written, target = best.tokens, prompts.text(best)
     else:
-        written = tokenizer.encode(target)
+        written = tokenizer.of_targets().encode(target)
     inputs = [*request.prompt, *written]
     longest = config.model.max_length
     if longest is not None and len(inputs) > longest:
