@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_decode_models import model_of, requests_of
 from tiny_decoding_model import BOS, EOS, PAD, TinyModel, all_outputs, close, random_requests
 
 from trilemma.config import DecodingConfig
 from trilemma.decode import Hypothesis, Phrase, Request, compare_with_single, decode, rules
 from trilemma.errors import ConfigError
+from trilemma.measure.forced import forced_nats
+from trilemma.registry import available_mixers, mixer_class
 
 VOCAB, LIMIT, UNK = 5, 5, 4
 Valid = Callable[[list[int]], bool]
@@ -194,3 +197,25 @@ def test_what_excludes_each_other() -> None:
             run(TinyModel(), [request], method=method)
     with pytest.raises(ConfigError, match=r"phrases and decoding\.beam_groups exclude each other"):
         run(TinyModel(), [request], beam_groups=2)
+
+
+MIXERS = [name for name in available_mixers() if mixer_class(name).capabilities.causal]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_obeys_through_its_state(mixer: str) -> None:
+    """Phrases, forced beginnings and rules, in a batch and alone."""
+    layout = "decoder-only"
+    model = model_of(layout, mixer, num_layers=2)
+    requests = [
+        replace(request, forced=(3, 5)[: number % 3], phrases=(Phrase((6, 3)),)[: number % 2])
+        for number, request in enumerate(requests_of(layout, 5))
+    ]
+    config = DecodingConfig(beam_size=3, n_best=2, no_repeat_ngram=2, unknown="ban")
+    report = compare_with_single(model, requests, config, eos=EOS, pad=PAD, dtype=torch.float64, unk=UNK)
+    assert report.disagreements == [], str(report)
+    outputs = decode(model, requests, config, eos=EOS, pad=PAD, unk=UNK)
+    for request, (best, *_) in zip(requests, outputs, strict=True):
+        assert all(contains(phrase)(best.tokens) for phrase in request.phrases)
+        tokens = best.tokens + [EOS] * best.finished
+        assert close(-float(forced_nats(model, [request], [tokens], pad=PAD)[0]), best.log_probability)

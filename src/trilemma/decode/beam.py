@@ -140,9 +140,9 @@ def decode_beam(
         if bool(done.any()):
             ended = done.nonzero().squeeze(-1)
             outputs = _collect(_keep_live(live, ended), _keep_finished(finished, ended), length, score)
-            for at, found in zip(ended.tolist(), outputs, strict=True):
-                margin, keys = float(smallest[at]), rules.acting(acted[at])
-                results[int(places[at])] = [replace(one, margin=margin, acted=keys) for one in found]
+            told = zip(places[ended].tolist(), smallest[ended].tolist(), acted[ended].tolist(), outputs, strict=True)
+            for place, margin, flags, found in told:
+                results[place] = [replace(one, margin=margin, acted=rules.acting(flags)) for one in found]
             if len(ended) == len(places):
                 break
         keep = (~done).nonzero().squeeze(-1)

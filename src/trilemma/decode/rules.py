@@ -146,6 +146,6 @@ class Rules:
             allowed = allowed.masked_fill(others & ~free[:, None], -torch.inf)
         return allowed, acted
 
-    def acting(self, acted: Tensor) -> tuple[str, ...]:
-        """Names of the rules that acted, of [rules]."""
-        return tuple(key for key, done in zip(self.keys, acted.tolist(), strict=True) if done)
+    def acting(self, acted: Sequence[bool]) -> tuple[str, ...]:
+        """The keys of the rules that acted."""
+        return tuple(key for key, done in zip(self.keys, acted, strict=True) if done)

@@ -88,7 +88,7 @@ def decode_single(
             state, tokens = state.select(keep), tokens[keep]
         logits, state = model.step(tokens[:, None], state)
         logits = logits[:, -1]
-    keys = [rules.acting(row) for row in acted]
+    keys = [rules.acting(row) for row in acted.tolist()]
     return _results(history, produced, totals, smallest, ended, keys, copies, config.length_penalty)
 
 
