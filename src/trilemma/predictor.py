@@ -325,7 +325,7 @@ class Predictor(Reader):
             given, wanted_texts = [t.lower() for t in given], [t.lower() for t in wanted_texts]
         tokenizer = self.tokenizer
         contexts = [self._prompts.context(ids) for ids in tokenizer.encode_batch(given)]
-        ended = [[*ids, tokenizer.eos] for ids in tokenizer.encode_batch(wanted_texts)]
+        ended = [[*ids, tokenizer.eos] for ids in tokenizer.of_targets().encode_batch(wanted_texts)]
         positions = self.whole.config.max_length
         for number, (context, target) in enumerate(zip(contexts, ended, strict=True), start=first_line):
             longest = max(len(context.prompt) + len(target) - 1, len(context.source or ()))

@@ -115,7 +115,7 @@ BAD_FOLDERS: list[tuple[str, Callable[[Path], None], type[TrilemmaError], str]] 
     ("damaged weights", put("model.safetensors", "xx"), CheckpointError, "not a valid safetensors file"),
     ("pickle", pickled, CheckpointError, r"pytorch_model.bin: a pickle file can run code .* safe_serialization=True"),
     ("quantised", integers, CheckpointError, '"model.layers.0.mlp.down_proj.weight" has the type I8; quantised'),
-    ("no tokenizer", remove("tokenizer.json"), CheckpointError, "no tokenizer: tokenizer.json, or SentencePiece's"),
+    ("no tokenizer", remove("tokenizer.json"), CheckpointError, "no tokenizer: tokenizer.json, SentencePiece's"),
     ("bad tokenizer", put("tokenizer.json", "{}"), DataError, "tokenizer.json: not a tokenizer.json"),
     (
         "larger tokenizer",

@@ -29,6 +29,8 @@ class Backend(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def of_targets(self) -> Backend: ...
+
     def serialize(self) -> str: ...
 
 
@@ -50,6 +52,9 @@ class HuggingFace:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def of_targets(self) -> Backend:
+        return self
 
     def serialize(self) -> str:
         return self.tokenizer.to_str(pretty=False)
@@ -83,6 +88,9 @@ class SentencePiece:
     def decode(self, ids: list[int]) -> str:
         return cast(str, self.processor.decode(ids))
 
+    def of_targets(self) -> Backend:
+        return self
+
     def serialize(self) -> str:
         model = base64.b64encode(self.model).decode("ascii")
         return json.dumps({"format": SENTENCEPIECE, "version": 1, "lowercase": self.lowercase, "model": model})
@@ -105,6 +113,9 @@ class Bound:
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode([index for index in ids if index < self.inner.size])
+
+    def of_targets(self) -> Backend:
+        return Bound(self.inner.of_targets(), self.special, self.size)
 
     def serialize(self) -> str:
         inner = json.loads(self.inner.serialize())

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from trilemma.config import TokenizerConfig
 from trilemma.data.backends import BOUND, SENTENCEPIECE, Backend, Bound, HuggingFace, Offsets, SentencePiece
+from trilemma.data.pieces import MARIAN, MarianPieces
 from trilemma.data.unigram import WordCounter, repeatable
 from trilemma.errors import CheckpointError, ConfigError, DataError
 
@@ -98,6 +99,10 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         return frozenset((self.pad, self.bos, self.eos, self.unk, self.sep, self.mask))
 
+    def of_targets(self) -> Tokenizer:
+        """The tokenizer of what a model writes: the same ids; another splitting where a side has its own (Marian)."""
+        return replace(self, backend=self.backend.of_targets())
+
     def serialize(self) -> str:
         """The content of tokenizer.json."""
         return self.backend.serialize()
@@ -174,6 +179,8 @@ class Tokenizer:
     def lowercased(self) -> Tokenizer:
         """The same vocabulary; text is lower-cased before it is encoded, wherever the tokenizer is used."""
         if isinstance(self.backend, Bound):
+            if isinstance(self.backend.inner, MarianPieces):
+                raise ConfigError("data.lowercase: a Marian tokenizer reads text as it is")
             lowered = Tokenizer.parse(self.backend.inner.serialize().encode(), "tokenizer").lowercased()
             return Tokenizer.bound(lowered.serialize().encode(), "tokenizer", self.backend.special, self.vocab_size)
         if isinstance(self.backend, SentencePiece):
@@ -196,7 +203,11 @@ def _plain_backend(content: bytes, where: str) -> Backend:
         values = json.loads(content.decode("utf-8"))
         if values.get("format") == SENTENCEPIECE:
             return _stored_sentencepiece(values, where)
+        if values.get("format") == MARIAN:
+            return MarianPieces.parse(values, where)
         return HuggingFace(_settled(tokenizers.Tokenizer.from_str(content.decode("utf-8"))))
+    except DataError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"{where}: not a tokenizer.json: {error}") from None
 

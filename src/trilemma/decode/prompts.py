@@ -124,14 +124,14 @@ class Prompts:
             raise DataError(f"{where}: an empty phrase")
         alone = self._written(text, where, "phrase")
         language = (self.config.data.target_language or "").replace("_", "-").split("-")[0].lower()
-        before, both = self.tokenizer.encode_batch(["x", f"x {text}"])
+        before, both = self.tokenizer.of_targets().encode_batch(["x", f"x {text}"])
         if language in _UNSPACED or both[: len(before)] != before or len(both) == len(before):
             return Phrase(tuple(alone))
         inside = both[len(before) :]
         return Phrase(tuple(inside), None if inside == alone or self.is_language_model else tuple(alone))
 
     def _written(self, text: str, where: str, what: str) -> list[int]:
-        ids = self.tokenizer.encode(text.lower() if self.config.data.lowercase else text)
+        ids = self.tokenizer.of_targets().encode(text.lower() if self.config.data.lowercase else text)
         if not ids or self.tokenizer.unk in ids:
             raise DataError(f'{where}: the vocabulary cannot write the {what} "{text}"')
         return ids

@@ -17,6 +17,7 @@ from tokenizers import processors
 
 from trilemma.config import RunConfig
 from trilemma.data.backends import BOUND, SENTENCEPIECE
+from trilemma.data.pieces import MARIAN
 from trilemma.data.tokenizer import Tokenizer
 from trilemma.errors import CapabilityError
 from trilemma.interop import weights
@@ -89,6 +90,12 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
         if inner["lowercase"]:
             raise CapabilityError("a SentencePiece tokenizer that lower-cases its text cannot be exported")
         files.write_file(folder / "spiece.model", base64.b64decode(inner["model"]))
+        return
+    if inner.get("format") == MARIAN:
+        _write_json(folder / "vocab.json", inner["vocabulary"])
+        for side in ("source", "target"):
+            files.write_file(folder / f"{side}.spm", base64.b64decode(inner[side]))
+        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "MarianTokenizer"})
         return
     made = tokenizers.Tokenizer.from_str(json.dumps(inner))
     if not bound:

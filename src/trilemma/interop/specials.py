@@ -10,12 +10,15 @@ from typing import Any
 import tokenizers
 
 from trilemma.config import ModelConfig
+from trilemma.data.pieces import MarianPieces
 from trilemma.data.tokenizer import FOREIGN_NAMES, ROLES, Tokenizer
 from trilemma.errors import CheckpointError, ConfigError
 from trilemma.runs import files
 
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model")
+_MARIAN = ("vocab.json", "source.spm", "target.spm")
 _SMALL = 1 << 30
+Lookup = Callable[[str], int | None]
 # An encoder's rows begin and end with these.
 _ENCODER_ROLES = {"bos": "cls", "eos": "sep"}
 _NAMES = {**FOREIGN_NAMES, "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "<sep>", "</s>")}
@@ -48,10 +51,9 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any], model: ModelConfi
     Raises:
         CheckpointError: no tokenizer. DataError: it does not match the vocabulary.
     """
-    path = _tokenizer_path(directory)
-    content = files.read_file(path, _SMALL)
+    path, content, lookup = _tokenizer(directory)
     assert model.vocab_size is not None
-    found = _Ids(directory, config, _lookup(content, path))
+    found = _Ids(directory, config, lookup)
     eos, notes = found.end(model)
     ids = {"eos": eos}
     pad = found.of("pad")
@@ -73,21 +75,30 @@ def _role(role: str, model: ModelConfig) -> str:
     return _ENCODER_ROLES.get(role, role) if model.layout == "encoder-only" else role
 
 
-def _tokenizer_path(directory: Path) -> Path:
+def _tokenizer(directory: Path) -> tuple[Path, bytes, Lookup]:
+    """The tokenizer's file, its content as `Tokenizer.bound` reads it, and from a token to its id."""
     for name in ("tokenizer.json", *_SENTENCEPIECE):
-        if files.file_size(directory / name) is not None:
-            return directory / name
+        path = directory / name
+        if files.file_size(path) is not None:
+            content = files.read_file(path, _SMALL)
+            return path, content, _lookup(content, path)
+    if all(files.file_size(directory / name) is not None for name in _MARIAN):
+        sides = [files.read_file(directory / name, _SMALL) for name in _MARIAN[1:]]
+        vocabulary = read_json(directory / _MARIAN[0])
+        pieces = MarianPieces(vocabulary, sides[0], sides[1], str(directory / _MARIAN[0]))
+        return directory / _MARIAN[0], pieces.serialize().encode(), vocabulary.get
     raise CheckpointError(
-        f"{directory}: no tokenizer: tokenizer.json, or SentencePiece's {' or '.join(_SENTENCEPIECE)}, is needed. "
-        "transformers writes the first: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        f"{directory}: no tokenizer: tokenizer.json, SentencePiece's {' or '.join(_SENTENCEPIECE)}, or Marian's "
+        f"{', '.join(_MARIAN)}, is needed. transformers writes the first for most models: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 
 
-def _lookup(content: bytes, path: Path) -> Callable[[str], int | None]:
+def _lookup(content: bytes, path: Path) -> Lookup:
     """From a token to its id, None where the vocabulary lacks it."""
     plain = Tokenizer.parse(content, str(path))  # names what is wrong with the file
     if path.name == "tokenizer.json":
-        found: Callable[[str], int | None] = tokenizers.Tokenizer.from_str(content.decode("utf-8")).token_to_id
+        found: Lookup = tokenizers.Tokenizer.from_str(content.decode("utf-8")).token_to_id
         return found
     held = {role: getattr(plain, role) for role in ROLES}
     return {name: held[role] for role in ROLES for name in FOREIGN_NAMES[role] if held[role] < plain.backend.size}.get
@@ -96,7 +107,7 @@ def _lookup(content: bytes, path: Path) -> Callable[[str], int | None]:
 class _Ids:
     """Where the special ids of a directory are told."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], lookup: Callable[[str], int | None]) -> None:
+    def __init__(self, directory: Path, config: Mapping[str, Any], lookup: Lookup) -> None:
         self.generation = read_json(directory / "generation_config.json")
         self.config, self.lookup = config, lookup
         self.names = {

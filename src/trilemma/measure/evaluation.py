@@ -188,7 +188,8 @@ def score_texts(
         hypotheses, notes = _outputs(model, prompts, sources, decoding or config.decoding, split, device)
         scores += _output_scores(hypotheses, targets, config.data, wanted, notes)
     if any(metric in LIKELIHOOD_METRICS for metric in wanted):
-        source_ids, target_ids = tokenizer.encode_batch(sources), tokenizer.encode_batch(targets)
+        source_ids = tokenizer.encode_batch(sources)
+        target_ids = tokenizer.of_targets().encode_batch(targets)
         contexts = [prompts.context(ids) for ids in source_ids]
         _check_positions(config, contexts, target_ids, split)
         ended = [[*ids, tokenizer.eos] for ids in target_ids]
