@@ -128,7 +128,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     checkpoint: int | Literal["published", "best", "last"] = "published",
     ensemble: Sequence[str | Path] = (),
-    average: str = "log-probability",
+    average: str | None = None,
 ) -> Predictor:
     """Opens a run for use.
 
@@ -138,7 +138,7 @@ def load(
         dtype: "float32", "bfloat16" or "float64" for the weights; None: float32, or float64 for a run trained in it.
         checkpoint: the published weights, or "best", "last" or a step.
         ensemble: runs whose predictions are averaged with this one's; of the same task, layout and vocabulary.
-        average: "log-probability" or "probability": what is averaged.
+        average: "log-probability" or "probability": what the ensemble averages; None: log-probabilities.
 
     Raises:
         CheckpointError: not a run, not finished, or a file is missing, truncated, altered or foreign.
@@ -155,7 +155,10 @@ def load(
     if ensemble:
         Prompts(run.tokenizer, run.config).require_generation()
         own = next(run.model.parameters()).dtype
-        whole = joined([run, *(load_run(other, chosen, own, checkpoint) for other in ensemble)], average)
+        others = [load_run(other, chosen, own, checkpoint) for other in ensemble]
+        whole = joined([run, *others], average or "log-probability")
+    elif average is not None:
+        raise ConfigError(f'average "{average}": there is no ensemble; name its other runs (--with RUN)')
     return Predictor(run.model, run.tokenizer, run.config, chosen, run.directory, temperature, whole)
 
 

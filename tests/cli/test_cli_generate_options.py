@@ -156,6 +156,7 @@ def test_minimum_risk_in_a_config_is_for_evaluate_too(
         (["--alignments", "letters"], "alignments: Input should be 'words' or 'tokens', found 'letters'"),
         (["decoding.alignment_layer=2", "--alignments", "words"], "this model's decoder has the layers 1 to 1"),
         (["--average", "median", "--with", "RUN"], 'unknown average "median"; valid: log-probability, probability'),
+        (["--average", "probability"], "there is no ensemble; name its other runs (--with RUN)"),
         (["--with", "gone"], "gone: no such folder"),
         (["--with", "OTHER"], "model.layout is decoder-only, that of"),
         (["decoding.beam_groups=3"], "decoding.beam_size=4 is no multiple of decoding.beam_groups=3"),

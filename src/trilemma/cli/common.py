@@ -22,7 +22,10 @@ With = Annotated[
     list[Path] | None,
     typer.Option("--with", metavar="RUN", help="another run of an ensemble; may be repeated", show_default=False),
 ]
-Average = Annotated[str, typer.Option("--average", help="of an ensemble: log-probability or probability")]
+Average = Annotated[
+    str | None,
+    typer.Option("--average", help="of an ensemble: log-probability (the default) or probability", show_default=False),
+]
 
 BackendOption = Annotated[
     str, typer.Option("--backend", help="who runs the operators: auto, plain (our own form) or fla (GPU)")

@@ -30,7 +30,7 @@ def command(
         str | None, typer.Option("--metrics", help="separated by commas; default: all that the task has")
     ] = None,
     ensemble: With = None,
-    average: Average = "log-probability",
+    average: Average = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
     device: Device = "auto",
     json: Json = False,

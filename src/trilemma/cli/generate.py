@@ -75,7 +75,7 @@ def command(
         Path | None, typer.Option("--phrases", help="a file: what the output of each line contains, divided by tabs")
     ] = None,
     ensemble: With = None,
-    average: Average = "log-probability",
+    average: Average = None,
     over_length: Annotated[
         str, typer.Option("--over-length", help="lines that are too long: error, or skip (an empty line)")
     ] = "error",

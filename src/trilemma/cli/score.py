@@ -35,7 +35,7 @@ def command(
     ] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="one JSON object a line, with every token")] = False,
     ensemble: With = None,
-    average: Average = "log-probability",
+    average: Average = None,
     window: Annotated[int, typer.Option("--window", min=1, help="lines scored together")] = WINDOW,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
     device: Device = "auto",
