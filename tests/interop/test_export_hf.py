@@ -21,13 +21,24 @@ from trilemma.runs import RunDirectory
 from trilemma.runs.load import LoadedRun, load_run
 from trilemma.runs.tensors import model_tensors
 
-ROTARY = {"name": "attention", "position": "rotary", "rotary_interleaved": False, "bias": False, "num_kv_heads": 2}
+ROTARY = {"name": "attention", "position": "rotary", "bias": False, "num_kv_heads": 2}
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 4, "dropout": 0.0}
 T5_PART = {"scale": 1.0, "bias": False, "head_dim": 6}
 # Models as a user may train them here, and the architecture that they are exported as.
 OWN: dict[str, tuple[dict[str, Any], str]] = {
     "LlamaForCausalLM": (
         {"mixer": ROTARY, "norm": "rmsnorm", "activation": "swiglu", "bias": False, "positions": "none"},
+        "language-model",
+    ),
+    "Qwen3ForCausalLM": (
+        {
+            "mixer": {"name": "attention", "position": "rotary", "qk_norm": True, "bias": False},
+            "norm": "rmsnorm",
+            "norm_epsilon": 1e-6,
+            "activation": "swiglu",
+            "bias": False,
+            "positions": "none",
+        },
         "language-model",
     ),
     "MistralForCausalLM": (

@@ -43,10 +43,10 @@ def write(run: LoadedRun, folder: Path, options: ExportOptions) -> dict[str, Any
         CapabilityError: no known architecture computes what the run does; says for each why not.
     """
     values = {**_described(run), **_ids(run)}
-    _, blueprint = understand(values, "config.json")
-    if needed_shapes(blueprint) != {name: tuple(t.shape) for name, t in model_tensors(run.model).items()}:
+    family, blueprint = understand(values, "config.json")
+    ours = {name: tensor.detach().float() for name, tensor in family.tensors(run.model).items()}
+    if needed_shapes(blueprint) != {name: tuple(tensor.shape) for name, tensor in ours.items()}:
         raise CapabilityError(f"{values['model_type']}: the tensors of this run are not those of that architecture")
-    ours = {name: tensor.detach().float() for name, tensor in model_tensors(run.model).items()}
     tensors = weights.write(ours, blueprint.rules)
     files.write_file(folder / "model.safetensors", encode(tensors))
     _write_json(folder / "config.json", {**values, "dtype": "float32"})

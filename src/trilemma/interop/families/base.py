@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from trilemma.config import ModelConfig, RunConfig
 from trilemma.errors import CapabilityError
 from trilemma.interop.keys import Keys
@@ -13,6 +15,7 @@ from trilemma.interop.weights import Rule
 from trilemma.mixers.attention import Attention
 from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.models import SequenceModel
+from trilemma.runs.tensors import model_tensors
 
 Task = Literal["seq2seq", "language-model", "classification", "masked-language-model"]
 
@@ -49,12 +52,14 @@ class Family:
         read: a config.json to a blueprint; refuses by name what cannot be honoured.
         write: a model of ours to the config.json that describes it; `CapabilityError` names the setting that the family
             lacks. `read` of it gives the same architecture.
+        tensors: a model's tensors as an import would make them.
     """
 
     name: str
     model_types: tuple[str, ...]
     read: Callable[[Keys], Blueprint]
     write: Callable[[SequenceModel, RunConfig], dict[str, Any]]
+    tensors: Callable[[SequenceModel], dict[str, Tensor]] = model_tensors
 
 
 # Names of activations in config.json files.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trilemma.config import MixerSpec, ModelConfig, RunConfig
 from trilemma.errors import CapabilityError, ConfigError
 from trilemma.interop.families.base import GATED_ACTIVATIONS, Blueprint, Family, named, require
@@ -11,6 +14,7 @@ from trilemma.interop.keys import Keys
 from trilemma.interop.weights import LeftOut, Rule, Weight, Zeros
 from trilemma.mixers.attention import Attention
 from trilemma.models import SequenceModel
+from trilemma.runs.tensors import model_tensors
 
 # Our per-head norms add this; other values of theirs cannot be honoured together with query and key norms.
 _QK_EPSILON = 1e-6
@@ -140,10 +144,8 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
         raise CapabilityError(f"{family}: every mixer must be attention")
     first = mixers[0]
     for mixer in mixers:
-        if mixer.position != "rotary" or mixer.rotary_interleaved or mixer.scale is not None:
-            raise CapabilityError(
-                f"{family}: attention needs position rotary with rotary_interleaved false, and no scale of its own"
-            )
+        if mixer.position != "rotary" or mixer.scale is not None:
+            raise CapabilityError(f"{family}: attention needs position rotary, and no scale of its own")
     windows = [mixer.window for mixer in mixers]
     bias, qk_norm = first.qkv.bias is not None, first.query_norm is not None
     values: dict[str, Any] = {
@@ -176,4 +178,20 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     return {"model_type": kind, "architectures": [f"{architecture}ForCausalLM"], **values, **more}
 
 
-LLAMA = Family("llama", ("llama", "mistral", "qwen2", "qwen3"), _read, _write)
+def _tensors(model: SequenceModel) -> dict[str, Tensor]:
+    """With rotated pairs of neighbours put into the two halves of their head: the scores are the same."""
+    tensors = model_tensors(model)
+    for name, mixer in model.named_modules():
+        if not isinstance(mixer, Attention) or not mixer.rotary_interleaved:
+            continue
+        heads = mixer.num_heads + mixer.num_kv_heads  # queries and keys; values are not rotated
+        for end in ("weight", "bias") if mixer.qkv.bias is not None else ("weight",):
+            rotated, values = tensors[f"{name}.qkv.{end}"].split([heads * mixer.head_dim, mixer.kv_width])
+            halves = rotated.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            tensors[f"{name}.qkv.{end}"] = torch.cat([halves, values])
+        for norm in ("query_norm", "key_norm") if mixer.query_norm is not None else ():
+            tensors[f"{name}.{norm}.weight"] = tensors[f"{name}.{norm}.weight"].unflatten(0, (-1, 2)).t().flatten()
+    return tensors
+
+
+LLAMA = Family("llama", ("llama", "mistral", "qwen2", "qwen3"), _read, _write, _tensors)
