@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trilemma.errors import ConfigError, nearest
-from trilemma.sections import QualityConfig, SplitConfig
+from trilemma.sections import QualityConfig, Section, SplitConfig
 from trilemma.settings import DEFAULT_MIXERS, Origin, yaml_text
 from trilemma.settings import apply_overrides as apply_overrides
 from trilemma.settings import merge as merge
@@ -27,23 +27,6 @@ CONFIG_VERSION = 1
 MixerSpec = str | dict[str, Any]
 Location = list[str | int]
 Details = Mapping[str, Any]  # one mistake, as pydantic tells it
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would take True for 1."""
-        if isinstance(value, bool) and info.field_name is not None:
-            annotation = cls.model_fields[info.field_name].annotation
-            kinds = {annotation, *get_args(annotation)}
-            if kinds & {int, float} and bool not in kinds:
-                raise ValueError(f"a number is needed, found {str(value).lower()}")
-        return value
 
 
 class ModelConfig(Section):

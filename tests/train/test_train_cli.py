@@ -122,3 +122,26 @@ def test_tensorboard_follows_where_it_is_installed(tiny_config: Tiny, tmp_path: 
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"learning_rate" in events.read_bytes()
     assert b"valid_loss" in events.read_bytes()
+
+
+def test_one_command_to_signed_scores(
+    tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a raw file, divided here, to scores.json."""
+    (tmp_path / "a.tsv").write_text("".join(f"wort {number}\tword {number}\n" for number in range(120)))
+    config = tiny_config(steps=2)
+    config["data"] = {"task": "seq2seq", "train": {"path": str(tmp_path / "a.tsv")}, "target_language": "zh"}
+    config["decoding"] = {"method": "greedy", "max_length": 4}
+    out = tmp_path / "run"
+    assert main(["train", write(config), "--out", str(out), "--evaluate"]) == 2
+    assert "--evaluate scores the test split, and there is none" in capsys.readouterr().err
+    assert not out.exists()
+    config["data"]["split"] = {"valid": 0.2, "test": 0.2}
+    assert main(["train", write(config), "--out", str(out), "--evaluate", "--json"]) == 0
+    seen = capsys.readouterr()
+    (line,) = seen.out.splitlines()
+    scores = json.loads(line)["scores"]
+    assert json.loads((out / "scores.json").read_text()) == scores
+    assert {score["metric"] for score in scores} >= {"bleu", "chrf", "loss"}
+    assert "tok:zh" in scores[0]["signature"]
+    assert "test\tbleu" in seen.err

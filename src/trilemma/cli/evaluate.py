@@ -51,18 +51,22 @@ def command(
     wanted = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
     evaluation = predictor.evaluate(files, cast('Literal["valid", "test"]', split), metrics=wanted, **settings)
-    for note in evaluation.notes:
-        say(f"note: {note}")
-    show = say if json else print  # with --json, stdout holds one line
-    for score in evaluation.scores:
-        show(f"{evaluation.split}\t{score}")
+    show_scores(evaluation, json)
     if not files and not ensemble:
-        _keep(predictor, evaluation)
+        keep_scores(predictor, evaluation)
     if json:
         print_json({"split": evaluation.split, "scores": evaluation.to_json(), "notes": evaluation.notes})
 
 
-def _keep(predictor: Predictor, evaluation: Evaluation) -> None:
+def show_scores(evaluation: Evaluation, json: bool) -> None:
+    """Prints scores and notes; with --json stdout holds one line, and they go to stderr."""
+    for note in evaluation.notes:
+        say(f"note: {note}")
+    for score in evaluation.scores:
+        (say if json else print)(f"{evaluation.split}\t{score}")
+
+
+def keep_scores(predictor: Predictor, evaluation: Evaluation) -> None:
     """Replaces this split's entries in the run's scores.json, metric by metric, and its outputs."""
     directory = predictor.require_directory()
     measured = {score.metric for score in evaluation.scores}

@@ -35,6 +35,7 @@ from trilemma.data.readers import (
     read_records,
     source_files,
 )
+from trilemma.data.splits import Partition
 from trilemma.data.tokenizer import Tokenizer, bring_tokenizer, train_tokenizer
 from trilemma.errors import ConfigError, DataError, nearest
 
@@ -79,8 +80,11 @@ def prepare(
     sources = _sources(config, root, data)
     if task == "probe":
         return prepare_probe(config, sources, tokenizer, root)
+    partition = Partition.of(config.data, sources)
     kind = _Questions if task == "question-answering" else _Input
-    inputs = {split: [kind(source, split, config, root) for source in found] for split, found in sources.items()}
+    inputs = {
+        split: [kind(source, split, config, root, partition) for source in found] for split, found in sources.items()
+    }
     if tokenizer is None:
         tokenizer = _tokenizer(config, inputs["train"], root)
     labels = _labels(config.data, inputs["train"]) if task == "classification" else None
@@ -91,6 +95,8 @@ def prepare(
     weights = [source.weight for source in sources["train"]]
     names = [item.name for item in inputs["train"]]
     dataset = Dataset(config, tokenizer, stores, weights, labels, names)
+    if partition is not None:
+        dataset.notes |= partition.notes(dataset.sizes)
     if is_streamed(task):
         dataset.notes["data.documents"] = _DOCUMENT_NOTES[inputs["train"][0].documents]
     return dataset, tokenizer
@@ -119,6 +125,8 @@ def _sources(
             found[split] = [source]
         elif "train" not in given and train[0].generated is not None:
             found[split] = [train[0].model_copy(update={"size": None, "weight": 1.0})]
+        elif getattr(config.data.split, split, 0.0):
+            found[split] = found["train"]
     return found
 
 
@@ -143,8 +151,11 @@ def _spool(items: Iterable[object], task: str, split: str, root: Path) -> Source
 class _Input:
     """One source of one split: where its examples come from, and the key of what is made from them."""
 
-    def __init__(self, source: Source, split: str, config: RunConfig, root: Path) -> None:
+    def __init__(
+        self, source: Source, split: str, config: RunConfig, root: Path, partition: Partition | None = None
+    ) -> None:
         self.source, self.split, self.root, self.task = source, split, root, config.data.task
+        self.partition = partition
         self.lowercase = config.data.lowercase
         self.files = source_files(source)
         for path in self.files:
@@ -158,10 +169,15 @@ class _Input:
             [source.generated, source.size, source.options, split if source.generated else "", GENERATOR_VERSION],
             [self.task, self.lowercase, self.documents if is_streamed(self.task) else ""],
         )
+        if partition is not None:
+            self.name = f"{self.name} ({split})"
+            self.key = hash_values_of(self.key, split, partition.fingerprint)
 
     def examples(self) -> Iterator[Item]:
         """The examples, lower-cased where asked for."""
         for example, ends in self._raw_items():
+            if self.partition is not None and not self.partition.holds(self.split, example):
+                continue
             yield (tuple(text.lower() for text in example) if self.lowercase else example), ends
 
     def _raw_items(self) -> Iterator[Item]:
@@ -215,8 +231,10 @@ class _Input:
 class _Questions(_Input):
     """Questions about passages: each window of a passage is an example."""
 
-    def __init__(self, source: Source, split: str, config: RunConfig, root: Path) -> None:
-        super().__init__(source, split, config, root)
+    def __init__(
+        self, source: Source, split: str, config: RunConfig, root: Path, partition: Partition | None = None
+    ) -> None:
+        super().__init__(source, split, config, root, partition)
         self.data = config.data
 
     def texts(self) -> Iterator[str]:

@@ -13,6 +13,7 @@ from trilemma.config import RunConfig, Source
 from trilemma.data.generated import generate
 from trilemma.data.questions import Question, read_questions
 from trilemma.data.readers import file_format, is_streamed, read_documents, read_records, source_files
+from trilemma.data.splits import split_examples
 from trilemma.errors import ConfigError, DataError
 
 
@@ -38,7 +39,22 @@ def split_texts(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
     Raises:
         DataError: the run has no such split, or its files are gone or malformed.
     """
+    if config.data.split is not None:
+        return _divided(config, split)
     return _read(config, _split_source(config, split), split, split)
+
+
+def _divided(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
+    """The lines of a split that `data.split` takes out of the training sources."""
+    if not getattr(config.data.split, split):
+        raise DataError(f"there is no {split} data: set data.split.{split} in the config, or name files to score")
+    examples = list(split_examples(config.data, split))
+    columns = [[example[place] for example in examples] for place in range(len(examples[0]))]
+    if is_streamed(config.data.task):
+        sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+        lines = all(file_format(source_files(source)[0]) == ".txt" for source in sources)
+        return Texts(split, columns[0], [], line_ends=len(examples) if lines else 0)
+    return Texts(split, columns[0], columns[1])
 
 
 def _split_source(config: RunConfig, split: Literal["valid", "test"]) -> Source:

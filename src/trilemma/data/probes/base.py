@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from trilemma.config import Section
 from trilemma.data.batch import IGNORE
 from trilemma.data.order import Draws, Indices
 from trilemma.errors import DataError
+from trilemma.sections import Section
 
 UNSCORED = "_"  # the symbol of a position without a label, where labels are written as text
 _PATIENCE = 50_000  # draws without a new row before a split is said to hold no more
