@@ -26,6 +26,7 @@ _STEP = frozenset({"rows", "context", "source_length"})
 TARGETS: dict[str, Target] = {
     "ctranslate2": Target("trilemma.interop.export_ctranslate2", frozenset({"quantization"})),
     "hf": Target("trilemma.interop.export_hf"),
+    "onnx": Target("trilemma.interop.export_onnx", _STEP),
     "torch-export": Target("trilemma.interop.export_torch", _STEP),
 }
 

@@ -65,7 +65,7 @@ def trace(programs: Programs, options: ExportOptions) -> dict[str, ExportedProgr
         with warnings.catch_warnings():
             # torch's recurrent kernels list their weights anew in each trace
             warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")
-            traced[role] = following(role, programs, options, build)
+            traced[role] = following(role, programs, build)
     return traced
 
 
@@ -77,7 +77,7 @@ def dynamic_rows(given: tuple[Any, ...], options: ExportOptions) -> tuple[Any, .
     return tuple(dict.fromkeys(item, axis) if isinstance(item, dict) else axis for item in given)
 
 
-def following(role: str, programs: Programs, options: ExportOptions, build: Callable[[], Any]) -> Any:
+def following(role: str, programs: Programs, build: Callable[[], Any]) -> Any:
     """`build()`, whose failures become one message."""
     try:
         return build()
@@ -87,6 +87,9 @@ def following(role: str, programs: Programs, options: ExportOptions, build: Call
         model = programs.step.model
         stack = model.stacks()[0] if role == "encoder" else model.stack
         names = ", ".join(sorted({mixer.name for mixer in stack.mixers()}))
-        reason = next((line.strip(" -") for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        mend = "; a fixed number of rows may do: --rows 1" if options.rows is None else ""
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = next((line.strip(" -") for line in str(first).splitlines() if line.strip()), type(first).__name__)
+        mend = "; a fixed number of rows may do: --rows 1" if "rows" in reason else ""
         raise CapabilityError(f"the {role} of this model ({names}) cannot be exported: {reason[:300]}{mend}") from error

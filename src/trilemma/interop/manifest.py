@@ -19,13 +19,19 @@ VERSION = 1
 
 
 def describe(
-    run: LoadedRun, programs: Programs, target: str, files: dict[str, str], error: float, packages: dict[str, str]
+    run: LoadedRun,
+    programs: Programs,
+    target: str,
+    files: dict[str, str],
+    error: float,
+    packages: dict[str, str],
+    after: str = "",
 ) -> dict[str, Any]:
     """The content of program.json.
 
     Args:
         target: torch-export or onnx. files: by program, "step" and "encoder". error: from `largest_difference`.
-        packages: versions of what wrote the programs.
+        packages: versions of what wrote the programs. after: stands before the names of the State that comes out.
     """
     tokenizer, model, sizes = run.tokenizer, run.model, programs.sizes
     encoder = sizes.source is not None
@@ -34,7 +40,7 @@ def describe(
     step_inputs = [_tensor("tokens", programs.step_inputs[0]), *_named(programs.start), *_named(memory)]
     logits = {"name": "logits", "shape": ["rows", model.config.vocab_size], "dtype": _type(next(model.parameters()))}
     described: dict[str, Any] = {
-        "step": {"file": files["step"], "inputs": step_inputs, "outputs": [logits, *_named(programs.start)]}
+        "step": {"file": files["step"], "inputs": step_inputs, "outputs": [logits, *_named(programs.start, after)]}
     }
     if programs.encoder_inputs is not None:
         source, lengths = programs.encoder_inputs
@@ -70,8 +76,8 @@ def dump(description: dict[str, Any]) -> bytes:
     return (json.dumps(description, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _named(tensors: Tensors) -> list[dict[str, Any]]:
-    return [_tensor(name, tensor) for name, tensor in tensors.items()]
+def _named(tensors: Tensors, before: str = "") -> list[dict[str, Any]]:
+    return [_tensor(before + name, tensor) for name, tensor in tensors.items()]
 
 
 def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
