@@ -54,7 +54,9 @@ class ModelConfig(Section):
     embedding_norm: bool = False
     token_types: int = Field(0, ge=0)
     tie_embeddings: bool = Field(True, description="the output projection is the input embedding")
-    share_embeddings: bool = Field(True, description="encoder and decoder use one embedding")
+    share_embeddings: bool | Literal["tokens"] = Field(
+        True, description="encoder and decoder use one embedding; tokens: only its table of tokens (BART)"
+    )
     logit_bias: bool = False
     dropout: float = Field(0.1, ge=0, lt=1)
     prefix: bool = Field(False, description="decoder-only: the source part is read in both directions")

@@ -68,6 +68,11 @@ _MARIAN = {
     "scale_embedding": True,
     "activation_function": "swish",
 }
+_BART = {
+    **{key: value for key, value in _MARIAN.items() if key not in ("decoder_vocab_size", "activation_function")},
+    "decoder_start_token_id": EOS,
+    "bos_token_id": BOS,
+}
 _T5 = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,
@@ -124,6 +129,7 @@ CASES = {
     "roberta-masked": Case("RobertaForMaskedLM", transformers.RobertaConfig, _ROBERTA, "masked"),
     "roberta-classifier": Case("RobertaForSequenceClassification", transformers.RobertaConfig, _ROBERTA, "classifier"),
     "marian": Case("MarianMTModel", transformers.MarianConfig, _MARIAN, "seq2seq", (PAD, 33, 47, 68, 71, 90)),
+    "bart": Case("BartForConditionalGeneration", transformers.BartConfig, _BART, "seq2seq"),
     "t5": Case("T5ForConditionalGeneration", transformers.T5Config, _T5, "seq2seq"),
     "flan-t5": Case(
         "T5ForConditionalGeneration",

@@ -101,6 +101,17 @@ def test_a_vocabulary_without_the_unknown_piece_is_refused(marian: Path, tmp_pat
         import_model(tmp_path, tmp_path / "run")
 
 
+def test_bart_s_texts_begin_with_the_beginning(tmp_path: Path) -> None:
+    make(CASES["bart"], tmp_path / "hf")
+    predictor = load(import_model(tmp_path / "hf", tmp_path / "run").path)
+    words = predictor.tokenizer
+    assert (words.bos, words.eos) == (EOS, EOS)
+    assert words.encode("w5 w6") == words.of_targets().encode("w5 w6") == [1, 5, 6]
+    assert words.encode_with_offsets("w5") == ([1, 5], [(0, 0), (0, 2)])
+    assert words.decode([EOS, 1, 5, 6, EOS]) == "w5 w6"
+    assert predictor.score(["w5"], ["w6 w7"])[0].tokens == 4
+
+
 def test_a_sentencepiece_model(tmp_path: Path) -> None:
     make(CASES["t5"], tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()

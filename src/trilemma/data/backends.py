@@ -99,25 +99,28 @@ class SentencePiece:
 class Bound:
     """A tokenizer whose special ids and vocabulary size a model has fixed: it is left as it is, and nothing is added.
 
-    Ids from the tokenizer's own size up to `size` (the padding of an embedding table) stand for no text.
+    Ids from the tokenizer's own size up to `size` (the padding of an embedding table) stand for no text. `before` is an
+    id that each text begins with, on either side (BART).
     """
 
-    def __init__(self, inner: Backend, special: Mapping[str, int], size: int) -> None:
-        self.inner, self.special, self.size = inner, dict(special), size
+    def __init__(self, inner: Backend, special: Mapping[str, int], size: int, before: int | None = None) -> None:
+        self.inner, self.special, self.size, self.before = inner, dict(special), size, before
+        self._before = [] if before is None else [before]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.inner.encode_batch(texts)
+        return [[*self._before, *ids] for ids in self.inner.encode_batch(texts)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        return self.inner.encode_with_offsets(text)
+        ids, spans = self.inner.encode_with_offsets(text)
+        return [*self._before, *ids], [*((0, 0) for _ in self._before), *spans]
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode([index for index in ids if index < self.inner.size])
+        return self.inner.decode([index for index in ids if index < self.inner.size and index != self.before])
 
     def of_targets(self) -> Backend:
-        return Bound(self.inner.of_targets(), self.special, self.size)
+        return Bound(self.inner.of_targets(), self.special, self.size, self.before)
 
     def serialize(self) -> str:
         inner = json.loads(self.inner.serialize())
         values = {"format": BOUND, "version": 1, "special": self.special, "vocab_size": self.size}
-        return json.dumps({**values, "tokenizer": inner}, ensure_ascii=False)
+        return json.dumps({**values, "before": self.before, "tokenizer": inner}, ensure_ascii=False)

@@ -144,20 +144,23 @@ class Tokenizer:
             return _from_sentencepiece(_stored_sentencepiece(values, where))
         if values.get("format") == BOUND:
             inner = json.dumps(values["tokenizer"]).encode()
-            return cls.bound(inner, where, values["special"], values["vocab_size"])
+            return cls.bound(inner, where, values["special"], values["vocab_size"], values.get("before"))
         try:
             return _from_tokenizers(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"{where}: not a tokenizer.json: {error}") from None
 
     @classmethod
-    def bound(cls, content: bytes, where: str, special: Mapping[str, int], vocab_size: int) -> Tokenizer:
+    def bound(
+        cls, content: bytes, where: str, special: Mapping[str, int], vocab_size: int, before: int | None = None
+    ) -> Tokenizer:
         """A tokenizer used as it is, with special ids that a trained model fixed; several roles may share one id.
 
         Args:
             content, where: as for `parse`.
             special: an id for each of ROLES.
             vocab_size: the model's; it may be larger than the tokenizer.
+            before: an id that every text begins with.
 
         Raises:
             DataError: not a tokenizer, or one that does not match the vocabulary.
@@ -168,13 +171,13 @@ class Tokenizer:
                 f"{where}: the tokenizer does not match the vocabulary: it has {inner.size} entries, the model "
                 f"{vocab_size}; use the tokenizer that the model was trained with"
             )
-        for role in ROLES:
-            if not 0 <= special[role] < vocab_size:
+        for role, index in [*special.items(), ("first", before or 0)]:
+            if not 0 <= index < vocab_size:
                 raise DataError(
-                    f"{where}: the tokenizer does not match the vocabulary: its {role} id {special[role]} is outside "
-                    f"the model's {vocab_size} entries"
+                    f"{where}: the tokenizer does not match the vocabulary: its {role} id {index} is outside the "
+                    f"model's {vocab_size} entries"
                 )
-        return _finish(Bound(inner, special, vocab_size), [special[role] for role in ROLES], vocab_size)
+        return _finish(Bound(inner, special, vocab_size, before), [special[role] for role in ROLES], vocab_size)
 
     def lowercased(self) -> Tokenizer:
         """The same vocabulary; text is lower-cased before it is encoded, wherever the tokenizer is used."""
@@ -182,7 +185,10 @@ class Tokenizer:
             if isinstance(self.backend.inner, MarianPieces):
                 raise ConfigError("data.lowercase: a Marian tokenizer reads text as it is")
             lowered = Tokenizer.parse(self.backend.inner.serialize().encode(), "tokenizer").lowercased()
-            return Tokenizer.bound(lowered.serialize().encode(), "tokenizer", self.backend.special, self.vocab_size)
+            held = self.backend
+            return Tokenizer.bound(
+                lowered.serialize().encode(), "tokenizer", held.special, self.vocab_size, held.before
+            )
         if isinstance(self.backend, SentencePiece):
             return _from_sentencepiece(SentencePiece(self.backend.model, True, "tokenizer"))
         copy = tokenizers.Tokenizer.from_str(self.serialize())

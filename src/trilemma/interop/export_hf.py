@@ -16,7 +16,7 @@ import torch
 from tokenizers import processors
 
 from trilemma.config import RunConfig
-from trilemma.data.backends import BOUND, SENTENCEPIECE
+from trilemma.data.backends import BOUND, SENTENCEPIECE, Bound
 from trilemma.data.pieces import MARIAN
 from trilemma.data.tokenizer import Tokenizer
 from trilemma.errors import CapabilityError
@@ -73,7 +73,9 @@ def _described(run: LoadedRun) -> dict[str, Any]:
 def _ids(run: LoadedRun) -> dict[str, Any]:
     """The special ids under their names there."""
     tokenizer = run.tokenizer
-    ids = {"pad_token_id": tokenizer.pad, "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    first = tokenizer.backend.before if isinstance(tokenizer.backend, Bound) else None  # of BART's texts
+    bos = tokenizer.bos if first is None else first
+    ids = {"pad_token_id": tokenizer.pad, "bos_token_id": bos, "eos_token_id": tokenizer.eos}
     return {**ids, "decoder_start_token_id": tokenizer.bos} if run.model.layout == "encoder-decoder" else ids
 
 

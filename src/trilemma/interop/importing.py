@@ -59,7 +59,7 @@ def import_model(
     if not values:
         raise CheckpointError(f"{directory}: no config.json: a folder in the Hugging Face layout is needed")
     family, blueprint = understand(values, str(directory / "config.json"), ignore)
-    tokenizer, notes = read_tokenizer(directory, values, blueprint.model)
+    tokenizer, notes = read_tokenizer(directory, values, blueprint.model, blueprint.begins)
     source = weights.Renamed(weights.TensorFiles(directory), blueprint.prefix, blueprint.endings)
     tensors, left = weights.read(source, blueprint.rules, needed_shapes(blueprint))
     generation = read_json(directory / "generation_config.json")

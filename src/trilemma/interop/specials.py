@@ -41,12 +41,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_tokenizer(directory: Path, config: Mapping[str, Any], model: ModelConfig) -> tuple[Tokenizer, list[str]]:
+def read_tokenizer(
+    directory: Path, config: Mapping[str, Any], model: ModelConfig, begins: bool = False
+) -> tuple[Tokenizer, list[str]]:
     """The tokenizer, bound to the model's special ids and vocabulary size, and notes on how they were found.
 
     Ids come from generation_config.json, config.json, or the names in special_tokens_map.json and
     tokenizer_config.json; last, from the usual names. Without an id of their own, padding and beginning are
     end-of-sequence, a decoder's beginning is padding, and so are roles that the vocabulary lacks.
+
+    Args:
+        directory, config, model: what is imported. begins: every text begins with the beginning's id.
 
     Raises:
         CheckpointError: no tokenizer. DataError: it does not match the vocabulary.
@@ -68,7 +73,8 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any], model: ModelConfi
         own = found.of(role)
         ids[role] = ids["pad"] if own is None else own
     notes.append("special ids: " + ", ".join(f"{role} {ids[role]}" for role in ROLES))
-    return Tokenizer.bound(content, str(path), ids, model.vocab_size), notes
+    before = found.of("bos") if begins else None
+    return Tokenizer.bound(content, str(path), ids, model.vocab_size, before), notes
 
 
 def _role(role: str, model: ModelConfig) -> str:

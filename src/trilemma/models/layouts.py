@@ -265,7 +265,9 @@ class EncoderDecoder(SequenceModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.source_embedding = self.embedding if config.share_embeddings else _embedding(config)
+        self.source_embedding = self.embedding if config.share_embeddings is True else _embedding(config)
+        if config.share_embeddings == "tokens":
+            self.source_embedding.tokens = self.embedding.tokens
         self.encoder = make_stack(config, "encoder")
 
     def _role(self) -> str:

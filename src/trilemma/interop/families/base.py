@@ -30,6 +30,7 @@ class Blueprint:
         rules: the map of weights.
         prefix, endings: as for `Renamed`.
         labels: class names of a classifier.
+        begins: every text begins with the beginning's id, on either side.
         notes: what the user should know.
     """
 
@@ -39,6 +40,7 @@ class Blueprint:
     prefix: str = ""
     endings: Mapping[str, str] = field(default_factory=dict)
     labels: list[str] | None = None
+    begins: bool = False
     notes: list[str] = field(default_factory=list)
 
 

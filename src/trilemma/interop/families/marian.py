@@ -54,11 +54,11 @@ def _read(keys: Keys) -> Blueprint:
         embedding_scale=keys.take("scale_embedding", False),
         embedding_norm=kind == "bart",
         tie_embeddings=keys.take("tie_word_embeddings", True),
-        share_embeddings=kind == "marian",
+        share_embeddings=True if kind == "marian" else "tokens",
         logit_bias=True,
         dropout=keys.take("dropout", 0.1),
     )
-    return Blueprint(model, "seq2seq", _rules(model, kind))
+    return Blueprint(model, "seq2seq", _rules(model, kind), begins=kind == "bart")
 
 
 def _rules(model: ModelConfig, kind: str) -> list[Rule]:
@@ -74,6 +74,13 @@ def _rules(model: ModelConfig, kind: str) -> list[Rule]:
         rules.append(
             LeftOut(r"model\.(encoder|decoder)\.embed_positions\.weight", "computed positions", _positions(model))
         )
+    else:
+        for ours, side in (("embedding", "decoder"), ("source_embedding", "encoder")):
+            table = f"model.{side}.embed_positions.weight"
+            rules.append(Weight(f"{ours}.learned.weight", table, skipped=_BART_OFFSET))
+            rules += [
+                Weight(f"{ours}.norm.{end}", f"model.{side}.layernorm_embedding.{end}") for end in ("weight", "bias")
+            ]
     for i in range(model.encoder_layers or model.num_layers):
         rules += _layer(model, f"encoder.blocks.{i}.parts", f"model.encoder.layers.{i}", cross=False)
     for i in range(model.num_layers):
@@ -116,24 +123,29 @@ def _positions(model: ModelConfig) -> torch.Tensor:
 
 
 def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
-    config, family = model.config, "marian"
-    require(config, family, layout="encoder-decoder", norm="layernorm", norm_position="post", norm_epsilon=1e-5)
-    require(config, family, positions="sinusoidal-halves", embedding_norm=False, token_types=0, share_embeddings=True)
-    require(config, family, logit_bias=True, feed_forward=True, bias=True)
-    plain_attention(model, family)
+    config = model.config
+    kind = "bart" if config.positions == "learned" else "marian"
+    require(config, kind, layout="encoder-decoder", norm="layernorm", norm_position="post", norm_epsilon=1e-5)
+    require(config, kind, token_types=0, logit_bias=True, feed_forward=True, bias=True)
+    if kind == "marian":
+        require(config, kind, positions="sinusoidal-halves", embedding_norm=False, share_embeddings=True)
+    else:
+        require(config, kind, embedding_norm=True, share_embeddings="tokens")
+    plain_attention(model, kind)
     sides = ("encoder", "decoder")
+    own = {"decoder_vocab_size": config.vocab_size} if kind == "marian" else {}
     return {
-        "model_type": "marian",
-        "architectures": ["MarianMTModel"],
+        "model_type": kind,
+        "architectures": [_CLASSES[kind]],
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
-        "decoder_vocab_size": config.vocab_size,
+        **own,
         "d_model": config.d_model,
         **{f"{side}_ffn_dim": config.d_ff or 4 * config.d_model for side in sides},
         **{f"{side}_attention_heads": config.num_heads for side in sides},
         "encoder_layers": config.encoder_layers or config.num_layers,
         "decoder_layers": config.num_layers,
-        "activation_function": named(ACTIVATIONS, config.activation, family),
+        "activation_function": named(ACTIVATIONS, config.activation, kind),
         "max_position_embeddings": config.max_length or run.data.max_source_length + 2,
         "scale_embedding": config.embedding_scale,
         "tie_word_embeddings": config.tie_embeddings,
@@ -142,4 +154,4 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     }
 
 
-MARIAN = Family("marian", ("marian",), _read, _write)
+MARIAN = Family("marian", ("marian", "bart"), _read, _write)
