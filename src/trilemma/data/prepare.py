@@ -271,7 +271,7 @@ def _encoder(
     field: str, tokenizer: Tokenizer, labels: list[str] | None, name: str
 ) -> Callable[[list[str]], list[list[int]]]:
     if field != "label":
-        return tokenizer.encode_batch
+        return (tokenizer.of_targets() if field == "target" else tokenizer).encode_batch
     assert labels is not None
     ids = {label: index for index, label in enumerate(labels)}
 
