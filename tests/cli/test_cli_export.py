@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from trilemma.cli.main import main
+from trilemma.runs import files
 
 MakeRun = Callable[..., Path]
 
@@ -59,3 +62,17 @@ def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, tmp_path / "nowhere", "--to", "torch-export", "--out", tmp_path / "out")
     assert "nowhere" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(model__layout="decoder-only", model__mixer="gru")
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.disk, "write", full)
+    message = refused(capsys, run, "--to", "torch-export", "--out", tmp_path / "out")
+    assert "cannot be written: No space left on device; free some space" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,9 @@ def write(run: LoadedRun, folder: Path, options: ExportOptions) -> dict[str, Any
     error = largest_difference(programs, *(traced[name].module() if name in traced else None for name in ROLES))
     names = {name: f"{name}.pt2" for name in traced}
     for name, program in traced.items():
-        torch.export.save(program, folder / names[name])
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        files.write_file(folder / names[name], content.getbuffer())
     packages = {"torch": manifest.torch_version()}
     description = manifest.describe(run, programs, "torch-export", names, error, packages)
     write_beside(run, programs, folder, description)

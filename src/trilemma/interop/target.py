@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: `path` exists.
-        CheckpointError: the folder cannot be made.
+        CheckpointError: it cannot be written.
     """
     if path.exists() or path.is_symlink():
         raise ConfigError(f"{path}: exists already; nothing is overwritten: choose another --out, or remove it")
@@ -48,13 +49,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         files.remove_tree(draft)
     files.make_folder(draft)
     try:
-        yield draft
+        with files.explained(path, "written"):
+            yield draft
+            for name in files.names(draft):  # others wrote them, and did not sync
+                _sync(draft / name)
         files.sync_folder(draft)
         files.rename(draft, path)
         files.sync_folder(path.parent)
     except BaseException:
         files.remove_tree(draft)
         raise
+
+
+def _sync(file: Path) -> None:
+    fd = files.disk.open(file, os.O_RDONLY)
+    try:
+        files.disk.sync(fd)
+    finally:
+        files.disk.close(fd)
 
 
 def optional_package(name: str, target: str, install: str) -> ModuleType:
