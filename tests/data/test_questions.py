@@ -147,6 +147,7 @@ def test_batches(tmp_path: Path) -> None:
         ({"window_overlap": 38}, "leaves no room for its passage: data.context_length is 40"),
         ({"model": {"pooling": "mean"}}, "needs model.pooling=none, not mean"),
         ({"model": {"num_labels": 3}}, "question answering has 2"),
+        ({"model": {"max_length": 39}}, "data.context_length: 40 is more than model.max_length 39"),
         ({"task": "classification"}, "needs model.pooling=mean or first, not none"),
         ({"model": {"layout": "decoder-only"}}, "needs model.layout encoder-only"),
     ],

@@ -305,6 +305,10 @@ def check_layout(config: RunConfig) -> None:
     if (of_tokens or config.data.task == "classification") and (config.model.pooling == "none") != of_tokens:
         wanted = "none" if of_tokens else "mean or first"
         raise ConfigError(f"data.task {config.data.task} needs model.pooling={wanted}, not {config.model.pooling}")
+    positions = config.model.max_length
+    if of_tokens and positions is not None and config.data.context_length > positions:
+        length = config.data.context_length
+        raise ConfigError(f"data.context_length: {length} is more than model.max_length {positions}")
     if of_tokens and config.model.num_labels not in (None, 2):
         raise ConfigError(f"model.num_labels: {config.model.num_labels}; question answering has 2: leave it out")
 
