@@ -99,6 +99,17 @@ def test_coverage_in_a_batch_is_coverage_alone(mixer: str) -> None:
         assert close(together[3][0].score, alone[0][0].score)
 
 
+def test_coverage_when_the_longest_source_leaves_first() -> None:
+    model = model_of("encoder-decoder", "attention")
+    requests = [Request([BOS], limit, source=[*range(3, 3 + n), EOS]) for n, limit in ((9, 1), (4, 8), (6, 3), (0, 8))]
+    config = DecodingConfig(beam_size=3, n_best=3, coverage_penalty=0.7)
+    together = decode(model, requests, config, eos=EOS, pad=PAD)
+    for request, outputs in zip(requests, together, strict=True):
+        alone = decode(model, [request], config, eos=EOS, pad=PAD)[0]
+        assert [one.tokens for one in outputs] == [one.tokens for one in alone]
+        assert all(close(one.score, other.score) for one, other in zip(outputs, alone, strict=True))
+
+
 def test_what_coverage_cannot_do() -> None:
     request = requests_of("decoder-only", 1)
     with pytest.raises(CapabilityError, match="coverage_penalty counts cross-attention, which only an encoder-decoder"):

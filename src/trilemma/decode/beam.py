@@ -126,7 +126,7 @@ def decode_beam(
     acted = torch.zeros(len(places), len(rules.keys), dtype=torch.bool, device=device)
     results: list[list[Hypothesis]] = [[] for _ in places]
     for length in range(1, int(batch.limits.max()) + 1):
-        live = replace(live, attended=live.attended + weights.view(*live.log_probability.shape, -1))
+        live = _attended(live, weights)
         owners = places // groups
         values, acting = _continue(live, logits, rules, owners)
         acted = acted | acting
@@ -197,6 +197,13 @@ def _begin(batch: DecodingBatch, groups: int, source: int, dtype: torch.dtype, d
         attended = padding.repeat_interleave(groups, dim=0)[:, None].to(dtype)
     history = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
     return _Live(history, torch.zeros(count, 1, dtype=dtype, device=device), attended)
+
+
+def _attended(live: _Live, weights: Tensor) -> _Live:
+    """With the attention [B * rows, S or less] of this step: a memory shrinks when its longest source has left."""
+    missing = live.attended.shape[2] - weights.shape[1]
+    weights = torch.nn.functional.pad(weights, (0, missing)).view(live.attended.shape)
+    return replace(live, attended=live.attended + weights)
 
 
 def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor) -> tuple[Tensor, Tensor]:
