@@ -47,7 +47,7 @@ def covered(weights: torch.Tensor) -> float:
 def check_coverage(beta: float, head: int | None = None, layer: int = 1) -> None:
     vocab, limit = 5, 4
     model = model_of("encoder-decoder", ["attention", "gru"], vocab)
-    for request in requests_of("encoder-decoder", 3, limit, vocab, seed=4):
+    for request in requests_of("encoder-decoder", 2, limit, vocab, seed=4):
         others = [token for token in range(vocab) if token != EOS]
         expected = []
         for length in range(limit):
@@ -66,7 +66,7 @@ def check_coverage(beta: float, head: int | None = None, layer: int = 1) -> None
         assert all(close(one.score, score) for one, (score, _) in zip(found, expected, strict=False))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.2, 2.0])
+@pytest.mark.parametrize("beta", [0.2, 2.0])
 def test_a_wide_beam_with_coverage_is_exact(beta: float) -> None:
     check_coverage(beta)
 
