@@ -43,7 +43,7 @@ VERBS: dict[str, Verb] = {
     "bench": Verb("trilemma.cli.bench", "cost curves: prefill, time per token, state bytes against context"),
     "show": Verb("trilemma.cli.show", "what its layers look at: attention maps, alignments, mixing matrices"),
     "import": Verb("trilemma.cli.import_", "a model in the Hugging Face layout becomes a run"),
-    "export": Verb("trilemma.cli.export", "a run for other programs: ctranslate2, onnx, torch-export"),
+    "export": Verb("trilemma.cli.export", "a run for other programs: hf, ctranslate2, onnx, torch-export"),
     "data": Verb("trilemma.cli.data", "data check: encoding, alignment, duplicates, overlap, lengths"),
     "doctor": Verb("trilemma.cli.doctor", "what this machine offers, what will be used, and why"),
 }
