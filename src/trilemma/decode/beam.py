@@ -21,8 +21,9 @@ one source stay contiguous and equal in number: memory that they share need not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,19 @@ class _Finished:
     log_probability: Tensor
     score: Tensor
     length: Tensor  # end-of-sequence counted
+
+
+@dataclass(frozen=True)
+class _Book:
+    """What is kept of each search: [B] where its result goes, its limit, the smallest margin; [B, rules] who acted."""
+
+    place: Tensor
+    limit: Tensor
+    margin: Tensor
+    acted: Tensor
+
+
+Parts = TypeVar("Parts", _Live, _Finished, _Book)
 
 
 @dataclass(frozen=True)
@@ -118,40 +132,36 @@ def decode_beam(
         rows = torch.arange(batch.size, device=device).repeat_interleave(groups)
         logits, weights, state = logits[rows], weights[rows], state.select(rows)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    places = torch.arange(batch.size * groups, device=device)  # where results go
-    limits = batch.limits.to(device).repeat_interleave(groups)
     live = _begin(batch, groups, weights.shape[1], dtype, device)
-    finished = _no_finished(len(places), n_best, dtype, device)
-    smallest = torch.full((len(places),), torch.inf, dtype=dtype, device=device)
-    acted = torch.zeros(len(places), len(rules.keys), dtype=torch.bool, device=device)
-    results: list[list[Hypothesis]] = [[] for _ in places]
+    book = _open_book(batch, groups, len(rules.keys), dtype, device)
+    finished = _no_finished(len(book.place), n_best, dtype, device)
+    results: list[list[Hypothesis]] = [[] for _ in book.place]
     for length in range(1, int(batch.limits.max()) + 1):
         live = _attended(live, weights)
-        owners = places // groups
+        owners = book.place // groups
         values, acting = _continue(live, logits, rules, owners)
-        acted = acted | acting
+        book = replace(book, acted=book.acted | acting)
         candidates = choice.candidates(values, live.history, owners, eos, width, int(margins))
         if margins:
-            smallest = torch.minimum(smallest, _pruning_margin(candidates, width))
+            book = replace(book, margin=torch.minimum(book.margin, _pruning_margin(candidates, width)))
         finished = _finish(finished, live, candidates, width, length, score)
         parents, tokens, live = _survive(live, candidates, width, pad)
-        done = _cannot_improve(live, finished, length, limits, config.length_penalty)
+        done = _cannot_improve(live, finished, length, book.limit, config.length_penalty)
         done = done.view(-1, groups).all(1).repeat_interleave(groups)
         if bool(done.any()):
-            ended = done.nonzero().squeeze(-1)
-            outputs = _collect(_keep_live(live, ended), _keep_finished(finished, ended), length, score)
-            told = zip(places[ended].tolist(), smallest[ended].tolist(), acted[ended].tolist(), outputs, strict=True)
+            ended = _rows(book, done)
+            outputs = _collect(_rows(live, done), _rows(finished, done), length, score)
+            told = zip(ended.place.tolist(), ended.margin.tolist(), ended.acted.tolist(), outputs, strict=True)
             for place, margin, flags, found in told:
                 results[place] = [replace(one, margin=margin, acted=rules.acting(flags)) for one in found]
-            if len(ended) == len(places):
+            if len(ended.place) == len(done):
                 break
         keep = (~done).nonzero().squeeze(-1)
-        rows = (keep[:, None] * (logits.shape[0] // len(places)) + parents[keep]).flatten()
+        rows = (keep[:, None] * (logits.shape[0] // len(done)) + parents[keep]).flatten()
         if not _is_identity(rows, logits.shape[0]):
             state = state.select(rows)
-        if len(keep) < len(places):
-            places, limits, smallest, acted = places[keep], limits[keep], smallest[keep], acted[keep]
-            live, finished = _keep_live(live, keep), _keep_finished(finished, keep)
+        if len(keep) < len(done):
+            book, live, finished = _rows(book, ~done), _rows(live, ~done), _rows(finished, ~done)
         with eyes.looking(len(rows)):
             logits, state = model.step(tokens[keep].reshape(-1, 1), state)
         logits, weights = logits[:, -1], eyes.weights.to(device)
@@ -204,6 +214,16 @@ def _attended(live: _Live, weights: Tensor) -> _Live:
     missing = live.attended.shape[2] - weights.shape[1]
     weights = torch.nn.functional.pad(weights, (0, missing)).view(live.attended.shape)
     return replace(live, attended=live.attended + weights)
+
+
+def _open_book(batch: DecodingBatch, groups: int, rules: int, dtype: torch.dtype, device: torch.device) -> _Book:
+    count = batch.size * groups
+    return _Book(
+        place=torch.arange(count, device=device),
+        limit=batch.limits.to(device).repeat_interleave(groups),
+        margin=torch.full((count,), torch.inf, dtype=dtype, device=device),
+        acted=torch.zeros(count, rules, dtype=torch.bool, device=device),
+    )
 
 
 def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,14 +361,9 @@ def _no_finished(batch: int, n_best: int, dtype: torch.dtype, device: torch.devi
     return _Finished(history, nothing, nothing, torch.zeros(batch, n_best, dtype=torch.long, device=device))
 
 
-def _keep_live(live: _Live, keep: Tensor) -> _Live:
-    return _Live(live.history[keep], live.log_probability[keep], live.attended[keep])
-
-
-def _keep_finished(finished: _Finished, keep: Tensor) -> _Finished:
-    return _Finished(
-        finished.history[keep], finished.log_probability[keep], finished.score[keep], finished.length[keep]
-    )
+def _rows(parts: Parts, mask: Tensor) -> Parts:
+    """Those of some searches: all tensors of a dataclass, where mask [B]."""
+    return replace(parts, **{field.name: getattr(parts, field.name)[mask] for field in fields(parts)})
 
 
 def _is_identity(rows: Tensor, size: int) -> bool:
