@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,22 @@ def test_the_verb(
     capsys.readouterr()
     assert main(["train", str(file), "--out", out + "2", "--from", str(tmp_path)]) == 2
     assert "no run here" in capsys.readouterr().err
+
+
+def test_a_plan_is_that_of_the_architecture_that_is_taken(
+    parents: Callable[..., LoadedRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = parents("encoder-only")
+    file = tmp_path / "config.yaml"
+    config = {
+        "data": {"task": "question-answering"},
+        "model": {"layout": "encoder-only", "pooling": "none"},
+        "training": {"steps": 5},
+    }
+    file.write_text(yaml.safe_dump(config))
+    assert main(["plan", str(file), f"start_from={parent.directory.path}", "--on", "A100", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out.splitlines()[-1])["plans"]
+    assert plan["parameters"]["total"] == parent.model.parameter_counts()["total"] + 2 * 16 + 2
+    assert (plan["rows"]["length"], plan["rows"]["targets"]) == (256, 1)
+    assert main(["plan", str(file), "start_from=nowhere"]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err

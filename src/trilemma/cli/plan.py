@@ -95,9 +95,10 @@ def _runs(recipe: Path, overrides: list[str]) -> Iterator[tuple[str, RunConfig, 
     from trilemma.compare.expand import expand
     from trilemma.compare.tasks import check_tasks, task_study
     from trilemma.config import apply_overrides, load_config, load_study, read_yaml
+    from trilemma.train.start import inherited
 
     if "candidates" not in apply_overrides(read_yaml(recipe), overrides):
-        config = load_config(recipe, overrides)
+        config = inherited(load_config(recipe, overrides))
         yield config.name, config, None, None
         return
     study = load_study(recipe, overrides)

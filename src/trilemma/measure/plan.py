@@ -259,12 +259,14 @@ def _resolved(config: RunConfig, assumptions: list[str]) -> ModelConfig:
         changes["num_labels"] = len(config.data.labels or ("no", "yes"))
         if config.data.labels is None:
             assumptions.append("2 classes: the data decide it (set model.num_labels)")
+    if config.data.task == "question-answering":
+        changes["num_labels"] = 2  # as its dataset sets it
     return model.model_copy(update=changes)
 
 
 def _rows(config: RunConfig, length: int | None, source_length: int | None, assumptions: list[str]) -> Rows:
     data, budget = config.data, config.training.batch_tokens
-    streamed = data.task in ("language-model", "masked-language-model")
+    streamed = data.task in ("language-model", "masked-language-model", "question-answering")
     encoder = config.model.layout == "encoder-decoder"
     if source_length is not None and data.task != "seq2seq":
         raise ConfigError(f"--source-length: rows of task {data.task} have no source")
@@ -277,7 +279,7 @@ def _rows(config: RunConfig, length: int | None, source_length: int | None, assu
     targets: float = tokens
     if data.task == "masked-language-model":
         targets = config.training.mask_fraction * tokens
-    elif data.task == "classification":
+    elif data.task in ("classification", "question-answering"):
         targets = 1
     if encoder:
         return Rows(budget // (tokens + source), tokens, source, targets)

@@ -27,7 +27,7 @@ from trilemma.train.processes import Processes, is_first, started
 from trilemma.train.progress import Display, NoTracker, tracker
 from trilemma.train.randomness import derive
 from trilemma.train.signals import listening
-from trilemma.train.start import inherit, take_weights
+from trilemma.train.start import inherited, take_weights
 
 Data = Iterable[object] | Mapping[str, Iterable[object]]
 
@@ -75,7 +75,7 @@ def train(
             f"{directory.path}: an average of checkpoints has no optimizer to go on with; "
             f"begin another run with it: --from {directory.path}"
         )
-    config = _inherited(config, stored)
+    config = inherited(config, stored)
     before = config if stored is None else stored
     config = choose(config if stored is None else reconcile(config, stored))
     if data is not None:
@@ -110,15 +110,6 @@ def train(
                 f"published: {summary['weights']}; data order {summary['order_hash'][:12]}"
             )
     return load_run(directory.path)
-
-
-def _inherited(config: RunConfig, stored: RunConfig | None) -> RunConfig:
-    """`config` with what it takes from the run that it starts from, if any; a resumed one has that already."""
-    if stored is not None:
-        return config if stored.start_from is None else inherit(config, stored, str(stored.start_from))
-    if config.start_from is None:
-        return config
-    return inherit(config, RunDirectory.open(config.start_from).read_config(), config.start_from)
 
 
 @dataclass(frozen=True)

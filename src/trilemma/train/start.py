@@ -12,13 +12,29 @@ from pydantic import BaseModel
 from trilemma.config import RunConfig
 from trilemma.errors import CheckpointError, ConfigError
 from trilemma.models import SequenceModel
-from trilemma.runs.directory import MODEL
+from trilemma.runs.directory import MODEL, RunDirectory
 from trilemma.runs.load import LoadedRun
 from trilemma.runs.tensors import model_tensors
 
 # Of the model's section a run may choose these anew: they are no weights, or belong to the head, which is its task's.
 _FREE = {"dropout", "pooling", "num_labels"}
 _HEADS = ("output.", "logit_bias", "head_transform.")
+
+
+def inherited(config: RunConfig, stored: RunConfig | None = None) -> RunConfig:
+    """`config` with what it takes from the run that it starts from, if any.
+
+    Args:
+        stored: of the run that is resumed, which has all that already.
+
+    Raises:
+        ConfigError: see `inherit`. CheckpointError: `config.start_from` is no run.
+    """
+    if stored is not None:
+        return config if stored.start_from is None else inherit(config, stored, stored.start_from)
+    if config.start_from is None:
+        return config
+    return inherit(config, RunDirectory.open(config.start_from).read_config(), config.start_from)
 
 
 def inherit(config: RunConfig, parent: RunConfig, where: str) -> RunConfig:
