@@ -25,7 +25,7 @@ class Case:
     cls: str
     config: type[Any]
     options: dict[str, Any] = field(default_factory=dict)
-    kind: str = "decoder"  # or seq2seq, masked, classifier, encoder
+    kind: str = "decoder"  # or seq2seq, bare-seq2seq, masked, classifier, encoder
     banned: tuple[int, ...] = ()  # tokens that generation must not produce
 
 
@@ -130,6 +130,7 @@ CASES = {
     "roberta-classifier": Case("RobertaForSequenceClassification", transformers.RobertaConfig, _ROBERTA, "classifier"),
     "marian": Case("MarianMTModel", transformers.MarianConfig, _MARIAN, "seq2seq", (PAD, 33, 47, 68, 71, 90)),
     "bart": Case("BartForConditionalGeneration", transformers.BartConfig, _BART, "seq2seq"),
+    "bart-bare": Case("BartModel", transformers.BartConfig, _BART, "bare-seq2seq"),
     "t5": Case("T5ForConditionalGeneration", transformers.T5Config, _T5, "seq2seq"),
     "flan-t5": Case(
         "T5ForConditionalGeneration",

@@ -117,7 +117,10 @@ def agree(run: LoadedRun, folder: Path, architecture: str) -> None:
     inputs = torch.tensor(rows(4, [9])) % 36
     given = {"source": inputs[:, :5]} if run.model.layout == "encoder-decoder" else {}
     ours = run.model.head(run.model(inputs, **given))
-    if given:
+    if architecture == "BartModel":
+        ours = run.model(inputs, **given)
+        wanted = theirs(input_ids=given["source"], decoder_input_ids=inputs).last_hidden_state
+    elif given:
         wanted = theirs(input_ids=given["source"], decoder_input_ids=inputs).logits
     elif architecture.endswith("Model") and "LMHead" not in architecture:
         ours, wanted = run.model(inputs), theirs(input_ids=inputs).last_hidden_state

@@ -81,6 +81,31 @@ def test_an_unknown_key_may_be_declared_harmless(copy: Callable[[str], Path], tm
     assert import_model(tmp_path / "llama", tmp_path / "run", ignore=["quantization_config"]).exists()
 
 
+# Keys that published files hold beside those that transformers writes today; each changes nothing as it stands here.
+PUBLISHED = {
+    "gpt2": {
+        "n_ctx": 1024,
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+        "summary_type": "cls_index",
+    },
+    "bert": {"gradient_checkpointing": False, "pooler_fc_size": 768, "pooler_type": "first", "directionality": "bidi"},
+    "t5": {"n_positions": 512, "output_past": True, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "marian": {"add_bias_logits": False, "extra_pos_embeddings": 58101, "static_position_embeddings": True},
+    "bart": {"normalize_embedding": True, "force_bos_token_to_be_generated": True, "_num_labels": 3, "prefix": " "},
+    "llama": {"rope_theta": 100000, "rope_scaling": None, "rope_interleaved": False, "pretraining_tp": 1},
+    "qwen2": {"use_mrope": False, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24},
+    "mamba": {"d_inner": 1536, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True, "time_step_rank": 48},
+    "mamba2": {"norm_before_gate": True, "time_step_limit": [0.0, float("inf")], "time_step_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_files_are_understood(kind: str) -> None:
+    family, blueprint = importing.understand({"model_type": kind, **PUBLISHED[kind]}, "config.json")
+    assert kind in family.model_types
+    assert importing.needed_shapes(blueprint)
+
+
 def test_every_family_refuses_an_unknown_key() -> None:
     for kind in (kind for family in FAMILIES for kind in family.model_types):
         with pytest.raises(ConfigError, match='"surprise"'):
@@ -207,6 +232,32 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, originals: P
     assert asked == [("org/name", ["*.json", "*.safetensors", "*.model", "*.spm"])]
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         import_model("nowhere", tmp_path / "other", download=True)
+
+
+def test_old_names_and_stored_constants(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """Files of the bare model lack its prefix; BERT's first ones call a norm's weights gamma and beta."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def rename(name: str) -> str:
+        for new, former in old.items():
+            name = name.replace(new, former)
+        return name.removeprefix("transformer.")
+
+    constants = {"gpt2": "h.0.attn.bias", "bert-classifier": "bert.embeddings.position_ids"}
+    for name, constant in constants.items():
+        import_model(copy(name), tmp_path / f"{name}-run")
+
+        def former(tensors: dict[str, torch.Tensor], constant: str = constant) -> None:
+            renamed = {rename(key): tensor for key, tensor in tensors.items()}
+            tensors.clear()
+            tensors.update(renamed, **{constant: torch.ones(1, 4, dtype=torch.int64)})
+
+        edit_weights(tmp_path / name, former)
+        said: list[str] = []
+        import_model(tmp_path / name, tmp_path / f"{name}-again", say=said.append)
+        stored = [(tmp_path / f"{name}-{run}" / "model.safetensors").read_bytes() for run in ("run", "again")]
+        assert stored[0] == stored[1]
+        assert any("left out: " in note for note in said)
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def theirs_alone(name: str, model: Any, row: list[int], source: list[int] | None
         return model(input_ids=inputs).last_hidden_state[0]
     if CASES[name].cls.endswith("ForPreTraining"):
         return model(input_ids=inputs).prediction_logits[0]
+    if CASES[name].kind == "bare-seq2seq":
+        return model(input_ids=torch.tensor([source]), decoder_input_ids=inputs).last_hidden_state[0]
     if source is None:
         return model(input_ids=inputs).logits[0]
     return model(input_ids=torch.tensor([source]), decoder_input_ids=inputs).logits[0]
@@ -48,7 +50,7 @@ def theirs_alone(name: str, model: Any, row: list[int], source: list[int] | None
 
 def drawn(name: str) -> tuple[list[list[int]], list[list[int]] | None]:
     """Rows, and sources for encoder-decoders."""
-    return rows(1, LENGTHS), rows(2, [4, 7, 1]) if CASES[name].kind == "seq2seq" else None
+    return rows(1, LENGTHS), rows(2, [4, 7, 1]) if "seq2seq" in CASES[name].kind else None
 
 
 def memory(sources: list[list[int]] | None) -> dict[str, Tensor]:
@@ -67,7 +69,7 @@ def test_whole_and_padded(pair: tuple[str, Any, LoadedRun]) -> None:
     for i, line in enumerate(lines):
         want = theirs_alone(name, theirs, line, sources[i] if sources else None)
         ours = hidden[i] if hidden.ndim == 2 else hidden[i, : len(line)]
-        close(ours if CASES[name].kind == "encoder" else run.model.head(ours), want)
+        close(ours if CASES[name].kind in ("encoder", "bare-seq2seq") else run.model.head(ours), want)
 
 
 @pytest.mark.parametrize("pair", GENERATING, indirect=True, scope="module")

@@ -61,6 +61,10 @@ def _read(keys: Keys) -> Blueprint:
     for name in ("is_decoder", "add_cross_attention"):
         keys.only(name, False)
     keys.only("position_embedding_type", "absolute")
+    keys.only("directionality", "bidi")
+    keys.skip(
+        *(f"pooler_{name}" for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type"))
+    )
     labels = None
     if head == "ForSequenceClassification":
         keys.only("problem_type", None, "single_label_classification")

@@ -69,6 +69,9 @@ def _read(keys: Keys) -> Blueprint:
 def _rotary_base(keys: Keys) -> float:
     """From `rope_parameters`, or from the older `rope_theta` beside `rope_scaling`."""
     keys.only("partial_rotary_factor", 1.0, None)
+    keys.only("rope_interleaved", False)
+    keys.only("use_mrope", False)
+    keys.skip("is_llama_config")
     parameters: dict[str, Any] = dict(keys.take("rope_parameters", {}))
     scaling: dict[str, Any] = dict(keys.take("rope_scaling", {}))
     theta = float(parameters.pop("rope_theta", keys.take("rope_theta", 10000.0)))

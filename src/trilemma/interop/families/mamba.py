@@ -14,20 +14,26 @@ from trilemma.mixers.mamba import Mamba
 from trilemma.mixers.mamba2 import Mamba2
 from trilemma.models import SequenceModel
 
-_TRAINING = ("time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual", "residual_in_fp32")
-_MAMBA_TRAINING = ("time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan", "layer_types")
+# How weights begin, which kernel runs, and sizes that others repeat.
+_WITHOUT_EFFECT = (
+    *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme"),
+    *("rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "use_associative_scan", "fused_add_norm"),
+    *("intermediate_size", "time_step_rank", "layer_types", "d_inner", "d_model", "n_layer", "pad_vocab_size_multiple"),
+    "norm_before_gate",  # transformers' Mamba-2 gates first, whatever it says
+)
 
 
 def _read(keys: Keys) -> Blueprint:
     first = keys.need("model_type", str) == "mamba"
     keys.only("use_conv_bias", True)
     keys.only("hidden_act", "silu")
-    keys.skip(*_TRAINING, "intermediate_size", "time_step_rank", "layer_types")
+    keys.only("rms_norm", True)
+    keys.only("ssm_cfg", {})
+    keys.skip(*_WITHOUT_EFFECT)
     d_model, expand = keys.take("hidden_size", 768 if first else 4096), keys.take("expand", 2)
     epsilon = keys.take("layer_norm_epsilon", 1e-5)
     mixer: dict[str, Any] = {"expand": expand}
     if first:
-        keys.skip(*_MAMBA_TRAINING)
         rank = keys.values.get("time_step_rank", "auto")
         mixer |= {
             "name": "mamba",
@@ -38,7 +44,6 @@ def _read(keys: Keys) -> Blueprint:
         }
     else:
         keys.only("use_bias", False)
-        keys.only("rms_norm", True)
         keys.only("time_step_limit", [0.0, math.inf], [0.0, {"__float__": "Infinity"}], None)
         heads, head_dim = keys.take("num_heads", 128), keys.take("head_dim", 64)
         if heads * head_dim != expand * d_model:

@@ -14,14 +14,16 @@ from trilemma.interop.weights import LeftOut, Rule, Weight
 from trilemma.models import SequenceModel
 from trilemma.nn.embedding import Embedding
 
-_CLASSES = {"marian": "MarianMTModel", "bart": "BartForConditionalGeneration"}
+# With the bias of the logits, and the bare model without it.
+_CLASSES = {"marian": ("MarianMTModel", "MarianModel"), "bart": ("BartForConditionalGeneration", "BartModel")}
 _BART_OFFSET = 2  # the first rows of BART's position tables are never read
 
 
 def _read(keys: Keys) -> Blueprint:
     kind = keys.need("model_type", str)
-    if keys.architecture not in ("", _CLASSES[kind]):
-        raise ConfigError(f"{keys.where}: architectures: {keys.architecture} cannot be imported, only {_CLASSES[kind]}")
+    if keys.architecture not in ("", *_CLASSES[kind]):
+        wanted = " and ".join(_CLASSES[kind])
+        raise ConfigError(f"{keys.where}: architectures: {keys.architecture} cannot be imported, only {wanted}")
     keys.only("is_decoder", False)
     keys.only("share_encoder_decoder_embeddings", True)
     keys.only("normalize_before", False)
@@ -29,8 +31,7 @@ def _read(keys: Keys) -> Blueprint:
     keys.only("add_bias_logits", False)
     keys.only("normalize_embedding", kind == "bart")
     keys.only("static_position_embeddings", kind == "marian")
-    keys.only("extra_pos_embeddings", 0, 2)
-    keys.skip("num_hidden_layers", "force_bos_token_to_be_generated")
+    keys.skip("num_hidden_layers", "force_bos_token_to_be_generated", "extra_pos_embeddings")
     for side in ("ffn_dim", "attention_heads"):
         encoder, decoder = (keys.take(f"{part}_{side}", 0) for part in ("encoder", "decoder"))
         if encoder != decoder:
@@ -55,10 +56,10 @@ def _read(keys: Keys) -> Blueprint:
         embedding_norm=kind == "bart",
         tie_embeddings=keys.take("tie_word_embeddings", True),
         share_embeddings=True if kind == "marian" else "tokens",
-        logit_bias=True,
+        logit_bias=keys.architecture != _CLASSES[kind][1],
         dropout=keys.take("dropout", 0.1),
     )
-    return Blueprint(model, "seq2seq", _rules(model, kind), begins=kind == "bart")
+    return Blueprint(model, "seq2seq", _rules(model, kind), prefix="model.", begins=kind == "bart")
 
 
 def _rules(model: ModelConfig, kind: str) -> list[Rule]:
@@ -66,8 +67,9 @@ def _rules(model: ModelConfig, kind: str) -> list[Rule]:
     tied = ["lm_head.weight"] if model.tie_embeddings else []
     rules: list[Rule] = [
         Weight("embedding.tokens.weight", "model.shared.weight", aliases=(*tables, *tied)),
-        Weight("logit_bias", "final_logits_bias", axis=0),
     ]
+    if model.logit_bias:
+        rules.append(Weight("logit_bias", "final_logits_bias", axis=0))
     if not model.tie_embeddings:
         rules.append(Weight("output.weight", "lm_head.weight"))
     if kind == "marian":
@@ -126,7 +128,7 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     config = model.config
     kind = "bart" if config.positions == "learned" else "marian"
     require(config, kind, layout="encoder-decoder", norm="layernorm", norm_position="post", norm_epsilon=1e-5)
-    require(config, kind, token_types=0, logit_bias=True, feed_forward=True, bias=True)
+    require(config, kind, token_types=0, feed_forward=True, bias=True)
     if kind == "marian":
         require(config, kind, positions="sinusoidal-halves", embedding_norm=False, share_embeddings=True)
     else:
@@ -136,7 +138,7 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     own = {"decoder_vocab_size": config.vocab_size} if kind == "marian" else {}
     return {
         "model_type": kind,
-        "architectures": [_CLASSES[kind]],
+        "architectures": [_CLASSES[kind][not config.logit_bias]],
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
         **own,
