@@ -78,11 +78,12 @@ class Partition:
         """What became of the examples, for the run's notes; `sizes`: of the splits as they are."""
         if self.data.split is None:
             return {"data.overlap": f"{sizes['train']:,} training examples have no side in valid or test"}
-        parts = [
-            f"{split} {sizes[split]:,} ({self.sizes[split] - sizes[split]:,} left out, a side of theirs is elsewhere)"
-            for split in ("train", "valid", "test")
-            if split in sizes
-        ]
+        parts = []
+        for split in (name for name in ("train", "valid", "test") if name in sizes):
+            lost = self.sizes[split] - sizes[split]
+            parts.append(
+                f"{split} {sizes[split]:,}{f' ({lost:,} left out: a side is in another split)' if lost else ''}"
+            )
         return {"data.split": "; ".join(parts)}
 
     def holds(self, split: str, example: Example) -> bool:
