@@ -159,6 +159,11 @@ def test_what_it_cannot_run_is_named(case: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing is left of what failed"
 
 
+def test_two_positions_are_enough(tmp_path: Path) -> None:
+    run = model_run("encoder-decoder", "attention", positions="learned", max_length=2)
+    assert export(run, tmp_path / "out")["difference"] < 1e-4
+
+
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = model_run("decoder-only", "attention")
     with pytest.raises(ConfigError, match='unknown type "int9"; did you mean "int8"'):

@@ -161,6 +161,8 @@ def test_what_has_no_step_is_refused(tmp_path: Path) -> None:
         export(run, tmp_path / "out", source_length=11)
     assert export(run, tmp_path / "out")["context"] == 10, "not more than there are positions"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    short = make_run("decoder-only", "gru", model__positions="learned", model__max_length=2)
+    assert export(short, tmp_path / "short")["max_length"] == 2
 
 
 def test_a_state_that_counts_in_python_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,8 @@ def _difference(run: LoadedRun, words: Sequence[str], folder: Path) -> float:
 
     tokenizer, generator = run.tokenizer, torch.Generator().manual_seed(1)
     text = torch.tensor([index for index in range(tokenizer.vocab_size) if index not in tokenizer.special_ids])
-    tokens = text[torch.randint(len(text), (3, 5), generator=generator)]
+    length = min(5, (run.model.config.max_length or 6) - 1)  # and end-of-sequence
+    tokens = text[torch.randint(len(text), (3, length), generator=generator)]
     inputs = torch.cat([torch.full((3, 1), tokenizer.bos), tokens[:, :-1]], dim=1)
     spoken = [[words[index] for index in row] for row in tokens.tolist()]
     if run.model.layout == "encoder-decoder":
@@ -153,7 +154,7 @@ def _difference(run: LoadedRun, words: Sequence[str], folder: Path) -> float:
         hidden = run.model(inputs)
         scored = ctranslate2.Generator(str(folder)).score_batch([[words[tokenizer.bos], *row] for row in spoken])
     wanted = run.model.head(hidden).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    found = torch.tensor([list(result.log_probs)[: tokens.shape[1]] for result in scored])
+    found = torch.tensor([list(result.log_probs)[:length] for result in scored])
     return float((found - wanted).abs().max())
 
 

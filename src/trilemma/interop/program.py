@@ -107,7 +107,7 @@ def make_programs(run: LoadedRun, options: ExportOptions) -> Programs:
 
     Raises:
         CapabilityError: an encoder-only model, one that reads a prefix, or a State that keeps books in Python.
-        ConfigError: a size below 1, or beyond the model's positions.
+        ConfigError: a size beyond the model's positions, or one that this model does not have.
     """
     model, config = run.model, run.config
     if config.model.layout == "encoder-only":
@@ -236,7 +236,7 @@ def largest_difference(programs: Programs, step: Any, encoder: Any) -> float:
     rows = sizes.rows or 3
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.config.vocab_size or 1
-    count = min(_CHECKED_STEPS, sizes.context or _CHECKED_STEPS)
+    count = min(_CHECKED_STEPS, sizes.context or _CHECKED_STEPS, model.config.max_length or _CHECKED_STEPS)
     tokens = torch.randint(0, vocabulary, (rows, count), generator=generator)
     source, lengths, memory = None, None, []
     if sizes.source is not None:
