@@ -45,6 +45,7 @@ BAD_KEYS = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling: rope_type "linear" cannot'),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 or None can be honoured"),
     ("llama", {"hidden_act": "relu6"}, 'hidden_act is "relu6"; only silu, swish'),
+    ("llama", {"auto_map": {"AutoModel": "code.py"}}, 'the key "auto_map" .* is not known for this family'),
     ("llama", {"hidden_size": "wide"}, "hidden_size: int is needed, found 'wide'"),
     ("llama", {"layer_types": ["chunked_attention"] * 3}, 'layer_types: "chunked_attention" cannot be honoured'),
     ("llama", {"quantization_config": {"bits": 4}}, 'the key "quantization_config" .* --ignore quantization_config'),
@@ -159,6 +160,18 @@ BAD_FOLDERS: list[tuple[str, Callable[[Path], None], type[TrilemmaError], str]] 
         put("generation_config.json", '{"bad_words_ids": [[500]]}'),
         ConfigError,
         "generation forbids the token 500; the vocabulary has 96",
+    ),
+    (
+        "forbidden tokens that are no list",
+        put("generation_config.json", '{"suppress_tokens": 5}'),
+        ConfigError,
+        "suppress_tokens: a list is needed, found 5",
+    ),
+    (
+        "beams that are none",
+        put("generation_config.json", '{"num_beams": "many"}'),
+        ConfigError,
+        "llama: beam_size: .* found 'many'",
     ),
     ("bad index", put("model.safetensors.index.json", "{}"), CheckpointError, 'the mapping "weight_map" is needed'),
     (
@@ -283,6 +296,13 @@ def test_special_ids_and_settings_of_generation(copy: Callable[[str], Path], tmp
     assert "outputs end with id 5 alone; the checkpoint also ends them with [2]" in said
     assert "settings of generation not taken over: max_length" in said
     assert run.config.notes["import.1"] in said
+
+
+def test_dropout_that_is_not_taken_over_is_named(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    run = import_model(copy("gpt2"), tmp_path / "run", say=said.append)
+    assert run.read_config().model.dropout == 0.1
+    assert "dropout not taken over: attn_pdrop, embd_pdrop; model.dropout is the only one" in said
 
 
 def test_padding_may_be_the_end(copy: Callable[[str], Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tokenizers import processors
 from trilemma.config import RunConfig
 from trilemma.data.backends import BOUND, SENTENCEPIECE, Bound
 from trilemma.data.pieces import MARIAN
-from trilemma.data.tokenizer import Tokenizer
+from trilemma.data.tokenizer import ROLES, Tokenizer
 from trilemma.errors import CapabilityError
 from trilemma.interop import weights
 from trilemma.interop.families import FAMILIES
@@ -103,8 +103,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
     if not bound:
         made.post_processor = _template(made, tokenizer, config)
     files.write_file(folder / "tokenizer.json", made.to_str(pretty=False).encode())
-    roles = ("pad", "bos", "eos", "unk", "sep", "mask")
-    names = {f"{role}_token": made.id_to_token(getattr(tokenizer, role)) for role in roles}
+    ids = {role: getattr(tokenizer, role) for role in ROLES}
+    # a role that an imported vocabulary lacks has the padding's id
+    own = [role for role in ROLES if ids[role] != tokenizer.pad or role in ("pad", "bos", "eos")]
+    names = {f"{role}_token": made.id_to_token(ids[role]) for role in own}
     if config.model.layout == "encoder-only":
         names |= {"cls_token": names["bos_token"], "sep_token": names["eos_token"]}
     known = {name: token for name, token in names.items() if token is not None}

@@ -12,7 +12,7 @@ from trilemma.interop.keys import GENERATION, IDS
 
 # Ours and theirs of what means the same.
 _SAME = {"num_beams": "beam_size", "no_repeat_ngram_size": "no_repeat_ngram", "temperature": "temperature"}
-_SAME |= {"top_k": "top_k", "top_p": "top_p"}
+_SAME |= {"top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_length"}
 # What no setting at all comes to, where it is not nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
@@ -61,10 +61,12 @@ def decoding_of(
         for name in ("temperature", "top_k", "top_p"):
             found.pop(name, None)
     ours |= {_SAME[name]: found.pop(name) for name in list(found) if name in _SAME}
-    banned = [*found.pop("suppress_tokens", ())]
-    words = found.get("bad_words_ids", [])
+    banned, words = found.pop("suppress_tokens", []), found.get("bad_words_ids", [])
+    for name, value in (("suppress_tokens", banned), ("bad_words_ids", words)):
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: {name}: a list is needed, found {value!r}")
     if all(isinstance(word, list) and len(word) == 1 for word in words):
-        banned += [word[0] for word in words]
+        banned = [*banned, *(word[0] for word in words)]
         found.pop("bad_words_ids", None)
     for token in banned:
         if not isinstance(token, int) or not 0 <= token < vocab_size:

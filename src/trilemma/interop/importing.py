@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from trilemma import machine
-from trilemma.config import DataConfig, DecodingConfig, RunConfig, Source, TokenizerConfig, TrainingConfig
+from trilemma.config import DataConfig, DecodingConfig, RunConfig, TokenizerConfig, TrainingConfig
 from trilemma.errors import CheckpointError, ConfigError, nearest
 from trilemma.interop import weights
 from trilemma.interop.families import FAMILIES, Family
 from trilemma.interop.families.base import Blueprint
 from trilemma.interop.generation import decoding_of
-from trilemma.interop.keys import Keys
-from trilemma.interop.specials import read_json, read_tokenizer
-from trilemma.models import build_model
+from trilemma.interop.keys import Keys, read_json
+from trilemma.interop.specials import read_tokenizer
+from trilemma.models import SequenceModel, build_model
 from trilemma.runs import RunDirectory
 from trilemma.runs.directory import CARD, SUMMARY, to_json
 from trilemma.runs.tensors import model_tensors
@@ -70,8 +70,7 @@ def import_model(
     name = re.sub(r"[^\w./-]", " ", str(values.get("_name_or_path") or directory.resolve().name))
     config = _run_config(name, family, values, blueprint, decoding, notes)
     run = RunDirectory.create(out, config, tokenizer.serialize().encode())
-    counts = _counts(blueprint)
-    summary = _summary(family, values, counts)
+    summary = _summary(family, values, blank(blueprint).parameter_counts())
     others = {CARD: _card(config, summary).encode(), SUMMARY: to_json(summary)}
     run.publish_model(tensors, others)
     return run
@@ -90,14 +89,19 @@ def understand(values: Mapping[str, Any], where: str, ignore: Collection[str] = 
     keys = Keys(values, where, ignore)
     blueprint = by_type[kind].read(keys)
     keys.finish()
+    blueprint.notes.extend(keys.untaken())
     return by_type[kind], blueprint
 
 
-def needed_shapes(blueprint: Blueprint) -> dict[str, weights.Shape]:
-    """Names and shapes of our model's tensors; no memory is taken for them."""
+def blank(blueprint: Blueprint) -> SequenceModel:
+    """Our model without memory for its tensors."""
     with torch.device("meta"):
-        model = build_model(blueprint.model)
-    return {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+        return build_model(blueprint.model)
+
+
+def needed_shapes(blueprint: Blueprint) -> dict[str, weights.Shape]:
+    """Names and shapes of our model's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in model_tensors(blank(blueprint)).items()}
 
 
 def _located(path: str | Path, download: bool) -> Path:
@@ -120,7 +124,8 @@ def _located(path: str | Path, download: bool) -> Path:
     try:
         return Path(hub.snapshot_download(str(path), allow_patterns=_PATTERNS))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        raise CheckpointError(f"{path}: cannot be downloaded: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: cannot be downloaded: {reason}") from None
 
 
 def _run_config(
@@ -136,7 +141,7 @@ def _run_config(
     longest = model.max_length or _CONTEXT
     data = DataConfig(
         task=blueprint.task,
-        train=list[Source](),
+        train=[],
         max_source_length=max(1, longest - 2),
         max_target_length=max(1, longest - 2),
         context_length=min(longest, _CONTEXT),
@@ -153,11 +158,6 @@ def _run_config(
         decoding=decoding,
         notes={"import": f"{architecture} (family {family.name}) in the Hugging Face layout", **kept},
     )
-
-
-def _counts(blueprint: Blueprint) -> dict[str, int]:
-    with torch.device("meta"):
-        return build_model(blueprint.model).parameter_counts()
 
 
 def _summary(family: Family, values: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:

@@ -2,107 +2,59 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from trilemma.errors import ConfigError
+from trilemma.errors import CheckpointError, ConfigError
+from trilemma.runs import files
 
 T = TypeVar("T")
 
 # Keys that say nothing about what the model computes.
-_METADATA = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "_name_or_path",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "initializer_range",
-        "initializer_factor",
-        "init_std",
-        "task_specific_params",
-        "gradient_checkpointing",
-        "pretraining_tp",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "finetuning_task",
-        "_num_labels",
-        "num_labels",
-        "auto_map",
-        "tokenizer_class",
-        "output_past",
-        "classifier_dropout",
-        "classif_dropout",
-        "classifier_activation_dropout",
-        "torchscript",
-        "use_bfloat16",
-        "embd_pdrop",
-        "attn_pdrop",
-        "attention_dropout",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-        "attention_probs_dropout_prob",
-        "activation_dropout",
-        "encoder_layerdrop",
-        "decoder_layerdrop",
-        "num_hidden_layers_note",
-        "_attn_implementation_autoset",
-    ]
-)
+_METADATA = """
+    architectures model_type transformers_version torch_dtype dtype use_cache output_hidden_states output_attentions
+    return_dict _name_or_path id2label label2id problem_type initializer_range initializer_factor init_std
+    task_specific_params gradient_checkpointing pretraining_tp chunk_size_feed_forward is_encoder_decoder
+    finetuning_task _num_labels num_labels tokenizer_class output_past torchscript use_bfloat16 summary_type
+    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+"""
+# Where dropout is applied that our layers have not; the families' main rate is model.dropout.
+_DROPOUT = """
+    attn_pdrop embd_pdrop attention_dropout attention_probs_dropout_prob activation_dropout encoder_layerdrop
+    decoder_layerdrop classifier_dropout classif_dropout
+"""
 # Ids are read with the tokenizer, settings of `generate` in generation.py.
-IDS = frozenset(
-    [
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "decoder_start_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "mask_token_id",
-        "unk_token_id",
-    ]
-)
-GENERATION = frozenset(
-    [
-        "num_beams",
-        "length_penalty",
-        "early_stopping",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "prefix",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "num_return_sequences",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "encoder_no_repeat_ngram_size",
-        "diversity_penalty",
-        "num_beam_groups",
-        "remove_invalid_values",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "typical_p",
-        "return_dict_in_generate",
-        "output_scores",
-        "exponential_decay_length_penalty",
-    ]
-)
+_IDS = """
+    bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+"""
+_GENERATION = """
+    num_beams length_penalty early_stopping max_length max_new_tokens min_length no_repeat_ngram_size bad_words_ids
+    prefix forced_bos_token_id forced_eos_token_id num_return_sequences do_sample temperature top_k top_p
+    repetition_penalty encoder_no_repeat_ngram_size diversity_penalty num_beam_groups remove_invalid_values
+    suppress_tokens begin_suppress_tokens typical_p return_dict_in_generate output_scores
+    exponential_decay_length_penalty
+"""
+IDS, GENERATION = frozenset(_IDS.split()), frozenset(_GENERATION.split())
+_LARGEST = 1 << 30  # bytes of a JSON file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file.
+
+    Raises:
+        CheckpointError: not a JSON object.
+    """
+    if files.file_size(path) is None:
+        return {}
+    try:
+        values = json.loads(files.read_file(path, _LARGEST))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a JSON object is needed")
+    return values
 
 
 class Keys:
@@ -114,7 +66,7 @@ class Keys:
 
     def __init__(self, values: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> None:
         self.values, self.where = values, where
-        self._seen = {*_METADATA, *IDS, *GENERATION, *ignored}
+        self._seen = {*_METADATA.split(), *_DROPOUT.split(), *IDS, *GENERATION, *ignored}
 
     def take(self, name: str, default: T) -> T:
         """The value, of the type of `default` (an integer also serves as a number); absent or null: the default."""
@@ -171,6 +123,11 @@ class Keys:
                     f'{self.where}: the key "{name}" ({value!r}) is not known for this family of models, so what it '
                     f"changes cannot be honoured; if it changes nothing, import with --ignore {name}"
                 )
+
+    def untaken(self) -> list[str]:
+        """A note on the dropout that is not taken over, if there is any."""
+        left = [name for name in _DROPOUT.split() if self.values.get(name)]
+        return [f"dropout not taken over: {', '.join(left)}; model.dropout is the only one"] if left else []
 
     def labels(self) -> list[str]:
         """Class names in the order of their ids."""

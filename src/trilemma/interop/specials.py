@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from trilemma.config import ModelConfig
 from trilemma.data.pieces import MarianPieces
 from trilemma.data.tokenizer import FOREIGN_NAMES, ROLES, Tokenizer
 from trilemma.errors import CheckpointError, ConfigError
+from trilemma.interop.keys import read_json
 from trilemma.runs import files
 
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model")
@@ -22,23 +22,6 @@ Lookup = Callable[[str], int | None]
 # An encoder's rows begin and end with these.
 _ENCODER_ROLES = {"bos": "cls", "eos": "sep"}
 _NAMES = {**FOREIGN_NAMES, "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "<sep>", "</s>")}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file.
-
-    Raises:
-        CheckpointError: not a JSON object.
-    """
-    if files.file_size(path) is None:
-        return {}
-    try:
-        values = json.loads(files.read_file(path, _SMALL))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed")
-    return values
 
 
 def read_tokenizer(

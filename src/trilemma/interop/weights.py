@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trilemma.errors import CapabilityError, CheckpointError
+from trilemma.interop.keys import read_json
 from trilemma.runs import files
 
 Shape = tuple[int, ...]
@@ -199,8 +199,7 @@ def _files(directory: Path) -> list[Path]:
         return [_inside(directory, name) for name in sorted(set(_weight_map(directory).values()))]
     if (directory / _ONE).is_file():
         return [directory / _ONE]
-    held = sorted(path.name for path in directory.iterdir())
-    pickles = [name for name in held if name.endswith(_PICKLES)]
+    pickles = [name for name in files.names(directory) if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{directory / pickles[0]}: a pickle file can run code when it is opened, and is refused; {_ONE} is "
@@ -210,14 +209,12 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    path = directory / _INDEX
-    try:
-        found = json.loads(path.read_bytes())["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    found = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise CheckpointError(
-            f'{path}: not an index of safetensors files: the mapping "weight_map" is needed'
-        ) from None
+            f'{directory / _INDEX}: not an index of safetensors files: the mapping "weight_map" is needed'
+        )
+    return {str(name): str(file) for name, file in found.items()}
 
 
 def _inside(directory: Path, name: str) -> Path:
