@@ -16,6 +16,7 @@ from trilemma.errors import CapabilityError, ConfigError, LengthError, TrilemmaE
 from trilemma.measure.calibration import at_temperature, calibration_error, fit_temperature
 from trilemma.models import build_model
 from trilemma.predictor import Predictor
+from trilemma.registry import available_mixers, mixer_class
 
 TASKS = {
     "encoder-only": "masked-language-model",
@@ -217,3 +218,17 @@ def test_classify_divides_by_the_temperature() -> None:
     assert calm.label == own.label
     ratio = [found.probabilities["yes"] / found.probabilities["no"] for found in (own, calm)]
     assert ratio[1] == pytest.approx(ratio[0] ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "mixer", [name for name in available_mixers() if not mixer_class(name).capabilities.reads_memory]
+)
+def test_every_mixer_reads_both_ways_and_batch_mates_do_not_matter(mixer: str) -> None:
+    if mixer == "bidirectional":
+        pytest.skip("it wraps the others, and does so here")
+    ours = reader(mixer=mixer)
+    together = ours.embed(LINES)
+    for line, vector in zip(LINES, together, strict=True):
+        np.testing.assert_allclose(ours.embed([line])[0], vector, rtol=1e-7, atol=1e-9)
+    one, other = ours.embed(["!", "?"], "cls")
+    assert np.abs(one - other).max() > 1e-12, "the first token sees what follows"

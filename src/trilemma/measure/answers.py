@@ -7,6 +7,7 @@ words are not divided by spaces.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -144,7 +145,7 @@ def _answer(passage: str, offsets: Offsets, found: tuple[float, int, int] | None
     start, end = offsets[first][0], offsets[last][1]
     start += len(passage[start:end]) - len(passage[start:end].lstrip())
     end -= len(passage[start:end]) - len(passage[start:end].rstrip())
-    return Answer(passage[start:end], start, end, float(torch.tensor(score).exp()))
+    return Answer(passage[start:end], start, end, math.exp(score))
 
 
 # Scores
