@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from sacrebleu.metrics.chrf import CHRF
 
 from trilemma.config import RunConfig, TokenizerConfig, parse
-from trilemma.data import train_tokenizer
-from trilemma.decode import Line
+from trilemma.data import Tokenizer, train_tokenizer
+from trilemma.decode import Hypothesis, Line, Prompts, Written
+from trilemma.decode.outputs import _replaced
 from trilemma.decode.risk import expected_chrf
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError
 from trilemma.models import build_model
@@ -134,6 +137,24 @@ def test_unknown_tokens_are_kept_banned_or_replaced() -> None:
         assert after.outputs[0].acted == ("unknown",)
         assert after.outputs[0].log_probability == before.outputs[0].log_probability
     assert set(replaced[1].text.split()) >= {"Quagga"}
+
+
+def test_pieces_are_replaced_without_the_spaces_of_their_sign() -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["der Hund ist gross, ja"] * 50),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer.parse(model.getvalue(), "pieces")
+    tokens = tokenizer.encode("der Hünd, ß ist")
+    unknown = [at for at, token in enumerate(tokens) if token == tokenizer.unk]
+    assert len(unknown) == 2
+    prompts = Prompts(tokenizer, RunConfig())
+    written = Written("", Hypothesis(tokens, 0.0, 0.0, True))
+    assert _replaced(written, prompts, dict(zip(unknown, "üß", strict=True))).text == "der Hünd, ß ist"
 
 
 def test_a_language_model_has_no_source() -> None:

@@ -117,7 +117,7 @@ def _aligned(
 def _replaced(one: Written, prompts: Prompts, names: dict[int, str]) -> Written:
     """With other words in the place of some unknown tokens, which `names` gives by position."""
     tokenizer, tokens = prompts.tokenizer, one.hypothesis.tokens
-    shown = tokenizer.decode([tokenizer.unk]).strip()
+    shown = tokenizer.decode([tokenizer.unk])  # SentencePiece's has spaces of its own, which are no one's
     text, read = "", 0
     for position, name in sorted(names.items()):
         before, after = (tokenizer.decode(tokens[:end]) for end in (position, position + 1))
