@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,18 @@ def test_settings_that_do_not_fit(tmp_path: Path, data: dict[str, Any], message:
     assert type(caught.value).__module__ == "trilemma.errors"
     with pytest.raises(ConfigError, match=r"reads \.json files: no data can be given"):
         prepare(run_config(source), cache_dir=tmp_path / "cache", data=[("a", "b")])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("jaquad/dev.json.gz", 3939), ("xquad/xquad.en.json", 1190), ("xquad/xquad.zh.json", 1190)],
+)
+def test_published_sets_are_read_whole(name: str, count: int) -> None:
+    folder = os.environ.get("TRILEMMA_DATA")
+    if not folder or not (Path(folder) / name).is_file():
+        pytest.skip(f"set TRILEMMA_DATA to a folder with {name}")
+    questions = list(read_questions(Source(path=str(Path(folder) / name))))
+    assert len(questions) == count
+    for question in questions[::50]:
+        assert question.passage[question.start :].startswith(question.answers[0])
