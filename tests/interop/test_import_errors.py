@@ -79,7 +79,19 @@ def test_values_that_cannot_be_honoured_are_named(
 
 def test_an_unknown_key_may_be_declared_harmless(copy: Callable[[str], Path], tmp_path: Path) -> None:
     edit_json(copy("llama") / "config.json", quantization_config={})
+    with pytest.raises(ConfigError, match=r'--ignore quantisation_config: .* has no such key; did you mean "quant'):
+        import_model(tmp_path / "llama", tmp_path / "run", ignore=["quantisation_config"])
     assert import_model(tmp_path / "llama", tmp_path / "run", ignore=["quantization_config"]).exists()
+
+
+def test_half_precision_files(tmp_path: Path) -> None:
+    theirs = make(CASES["t5"], tmp_path / "hf").to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "hf")
+    run = load_run(import_model(tmp_path / "hf", tmp_path / "run").path)
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        wanted = theirs.float()(input_ids=ids, decoder_input_ids=ids).logits
+        torch.testing.assert_close(run.model.head(run.model(ids, source=ids)), wanted, rtol=0, atol=1e-4)
 
 
 # Keys that published files hold beside those that transformers writes today; each changes nothing as it stands here.

@@ -86,6 +86,9 @@ def understand(values: Mapping[str, Any], where: str, ignore: Collection[str] = 
     by_type = {name: family for family in FAMILIES for name in family.model_types}
     if not isinstance(kind, str) or kind not in by_type:
         raise ConfigError(f'{where}: model_type "{kind}" cannot be imported{nearest(str(kind), by_type)}')
+    for name in ignore:
+        if name not in values:
+            raise ConfigError(f"--ignore {name}: {where} has no such key{nearest(name, values)}")
     keys = Keys(values, where, ignore)
     blueprint = by_type[kind].read(keys)
     keys.finish()
