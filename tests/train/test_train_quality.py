@@ -12,7 +12,7 @@ import pytest
 import trilemma
 from trilemma.errors import CheckpointError, ConfigError
 from trilemma.runs import RunDirectory
-from trilemma.train import loop
+from trilemma.train import loop, progress
 from trilemma.train.counters import Counters
 
 Tiny = Callable[..., dict[str, Any]]
@@ -66,6 +66,17 @@ def test_the_best_is_that_of_the_metric(tmp_path: Path, tiny_config: Tiny, given
     config = tiny_config(steps=10, quality={"metric": "bleu", "every": 2}, validate_every=1)
     trilemma.train(config, out=tmp_path / "run", quiet=True)
     assert RunDirectory.open(tmp_path / "run").read_summary()["best_step"] == 8
+
+
+def test_the_progress_line_shows_it(
+    tmp_path: Path, tiny_config: Tiny, given: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given([20.0, 30.0])
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0.0)  # every line is shown
+    trilemma.train(tiny_config(steps=5, quality={"metric": "bleu", "every": 3}), out=tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert [("bleu 20.00" in line) for line in lines if " lr " in line] == [False, False, False, True, True]
+    assert any(line.startswith("step 3  validation loss") and "bleu 20.00  (best so far)" in line for line in lines)
 
 
 def test_patience_ends_a_run_that_stays_below_its_best(tmp_path: Path, tiny_config: Tiny, given: Any) -> None:

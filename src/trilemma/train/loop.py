@@ -232,7 +232,9 @@ class Trainer:
             self._record(record)
             total = self._total_steps(counters.step + 1)
             left = counters.seconds / counters.step * (total - counters.step) if math.isfinite(total) else None
-            self.display.step(record, total, left)
+            wanted, score = self.config.training.quality, counters.score
+            quality = f"{wanted.metric} {score:.2f}" if wanted is not None and score is not None else ""
+            self.display.step(record, total, left, quality)
             self._call("step", record)
 
     def _validate_and_save(self) -> None:

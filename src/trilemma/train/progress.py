@@ -31,14 +31,18 @@ class Display:
         self._wipe()
         print(message, file=self._stream, flush=True)
 
-    def step(self, record: Mapping[str, Any], total: float, seconds_left: float | None) -> None:
-        """A training record: rewritten in place on a terminal, else a line at most every ten seconds."""
+    def step(self, record: Mapping[str, Any], total: float, seconds_left: float | None, quality: str = "") -> None:
+        """A training record: rewritten in place on a terminal, else a line at most every ten seconds.
+
+        `quality`: what `training.quality` found last.
+        """
         if self._quiet:
             return
         of = f"/{total:,.0f}" if total < float("inf") else ""
         left = f", {clock(seconds_left)} left" if seconds_left is not None else ""
+        quality = f"{quality}  " if quality else ""
         line = (
-            f"step {record['step']:,}{of}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+            f"step {record['step']:,}{of}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {quality}"
             f"{record['tokens_per_second']:,.0f} tokens/s{left}"
         )
         if self._live:
