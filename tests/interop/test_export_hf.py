@@ -163,3 +163,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path: Path) -> None:
     run = own_run(tmp_path / "run", {"mixer": "retention", "positions": "none"}, "language-model")
     with pytest.raises(CapabilityError, match=r"no architecture of transformers.*llama: model.norm is 'layernorm'"):
         write(run, tmp_path, ExportOptions())
+    settings, task = OWN["MarianMTModel"]
+    untied = own_run(tmp_path / "untied", {**settings, "tie_embeddings": False}, task)
+    with pytest.raises(CapabilityError, match=r"marian: model\.tie_embeddings is False"):
+        write(untied, tmp_path, ExportOptions())

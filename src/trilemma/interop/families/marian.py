@@ -131,6 +131,7 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     require(config, kind, token_types=0, feed_forward=True, bias=True)
     if kind == "marian":
         require(config, kind, positions="sinusoidal-halves", embedding_norm=False, share_embeddings=True)
+        require(config, kind, tie_embeddings=True)  # else transformers fills both sides' own tables anew
     else:
         require(config, kind, embedding_norm=True, share_embeddings="tokens")
     plain_attention(model, kind)
