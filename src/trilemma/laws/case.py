@@ -159,14 +159,19 @@ class Case:
         claim: str,
         valid: Tensor | None = None,
         tolerance: float | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """Both [B, L, ...] agree within a tolerance (None: the type's) where `valid` [B, L]; else a violation."""
+        """Both [B, L, ...] agree where `valid` [B, L]; else a violation.
+
+        The error is a share of the largest value wanted, or of `scale` where that is larger; it may be `tolerance`
+        (None: the type's).
+        """
         if got.shape != want.shape:
             raise ViolationError(f"{claim}: shape {tuple(got.shape)}, expected {tuple(want.shape)}", tensor)
         if valid is not None:
             got, want = got.masked_fill(~valid[..., None], 0), want.masked_fill(~valid[..., None], 0)
         got, want = got.detach().double(), want.detach().double()
-        scale = max(1.0, float(want.abs().nan_to_num(0.0).max())) if want.numel() else 1.0
+        scale = max(scale, _largest([want]))
         errors = ((got - want).abs() / scale).nan_to_num(math.inf, math.inf, math.inf)
         error = float(errors.max()) if errors.numel() else 0.0
         tolerance = tolerance or TOLERANCE[self.dtype]
@@ -211,14 +216,25 @@ class Case:
         }
 
     def same_gradients(self, got: Mapping[str, Tensor], want: Mapping[str, Tensor], claim: str) -> None:
-        """Each gradient of `want` is found in `got`, within tolerance."""
+        """Each gradient of `want` is found in `got`, within tolerance.
+
+        In bfloat16 a parameter's gradient, a sum over all tokens, may be nothing but what rounding left of it: there
+        the largest of all parameters' gradients is the measure. Float64 holds each to its own.
+        """
+        parameters = {name for name in want if name.startswith(("parameter", "shared"))}
+        rough = _largest([want[name] for name in parameters]) if self.dtype == torch.bfloat16 else 1.0
         for name, value in want.items():
-            per_token = value.ndim == 3 and not name.startswith(("parameter", "shared"))
             first, second = got[name], value
-            if not per_token:
+            if name in parameters or value.ndim != 3:
                 first, second = first.reshape(-1), second.reshape(-1)
+            scale = max(1.0, rough) if name in parameters else 1.0
             tolerance = GRADIENT_TOLERANCE[self.dtype]
-            self.close(first, second, f"gradient of {name}", claim, tolerance=tolerance)
+            self.close(first, second, f"gradient of {name}", claim, tolerance=tolerance, scale=scale)
+
+
+def _largest(values: Sequence[Tensor]) -> float:
+    """The largest magnitude among finite values, 0 if there is none."""
+    return max((float(value.detach().abs().nan_to_num(0.0).max()) for value in values if value.numel()), default=0.0)
 
 
 def leaves_of(x: Tensor, memory: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
