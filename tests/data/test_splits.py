@@ -150,6 +150,30 @@ def test_lines_of_a_language_model_and_labels(tmp_path: Path) -> None:
     assert sum(found.sizes.values()) == 100, "a label is no side: nothing is left out"
 
 
+def test_blank_lines_are_for_training(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {number}\n\n" for number in range(400)))
+    config = config_of(path, task="language-model", context_length=32, split={"valid": 0.05, "test": 0.1})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"layout": "decoder-only"})})
+    for split in ("valid", "test"):
+        assert all(split_texts(config, split).sources)
+
+
+def test_pairs_left_out_may_leave_nothing(tmp_path: Path) -> None:
+    shares = {"valid": 0.1, "test": 0.1}
+    dataset, _ = prepare(config_of(write(tmp_path / "a.tsv", some_pairs()), split=shares), cache_dir=tmp_path / "c")
+    kept = texts_of(dataset)
+    (stronger, _), *_ = kept["test"]
+    hidden = [
+        (stronger, "x"),
+        *((source, kept["test"][0][1]) for source, _ in kept["valid"]),
+        *kept["test"],
+        *kept["train"],
+    ]
+    with pytest.raises(DataError, match="no example is left for valid"):
+        prepare(config_of(write(tmp_path / "b.tsv", hidden), split=shares), cache_dir=tmp_path / "c")
+
+
 @pytest.mark.parametrize("overlap", ["keep", "drop"])
 def test_overlap_with_given_files(tmp_path: Path, overlap: str) -> None:
     train = [("a", "1"), ("b", "2"), ("C", "3"), ("d", "4"), ("", "5"), ("e", "")]

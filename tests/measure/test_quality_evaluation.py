@@ -245,6 +245,11 @@ def test_a_document_of_a_file_is_what_it_is_in_the_run(tmp_path: Path) -> None:
         assert file_texts(config, [tmp_path / "a.txt"]).sources == wanted
 
 
+def test_a_file_for_a_run_without_data(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("one\teins\n")
+    assert file_texts(config_of(data__train=[]), [tmp_path / "a.tsv"]).sources == ["one"]
+
+
 def test_unknown_metric_and_too_long(tmp_path: Path) -> None:
     model, dataset, config = setup(
         tmp_path, {"train": PAIRS, "test": PAIRS}, model__positions="learned", model__max_length=16,

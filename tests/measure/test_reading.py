@@ -198,6 +198,7 @@ def test_it_is_the_lowest_cross_entropy() -> None:
 def test_a_split_without_mistakes_stops_at_the_bound() -> None:
     scores = np.log(np.array([[0.9, 0.1], [0.2, 0.8]]))
     assert fit_temperature(scores, [0, 1]).temperature == pytest.approx(0.05)
+    assert fit_temperature(scores, [0, 1]).at_bound
     certain = np.array([[0.0, -np.inf], [-np.inf, 0.0]])
     assert np.isfinite(fit_temperature(certain, [0, 1]).loss_after)
 

@@ -24,12 +24,12 @@ Tiny = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two finished runs of one model, "one" and "two", that differ in their seed."""
+    """Two finished runs of one model, "one" and "two", that begin alike and differ in their rate."""
     from tests.train.conftest import tiny
 
     folder = tmp_path_factory.mktemp("runs")
-    for seed, name in enumerate(("one", "two"), start=1):
-        config = {**tiny(steps=9, checkpoint_every=3, keep_checkpoints=3), "seed": seed}
+    for name, rate in ("one", 1e-3), ("two", 3e-3):
+        config = tiny(steps=9, checkpoint_every=3, keep_checkpoints=3, learning_rate=rate)
         trilemma.train(config, out=folder / name, quiet=True)
     return folder
 
@@ -84,6 +84,13 @@ def test_the_default_folder_stands_beside_the_run(runs: Path, tmp_path: Path) ->
     check(tmp_path / "one-average", (runs / "one", 9))
 
 
+def test_a_run_made_from_its_settings_can_be_resumed(runs: Path, tmp_path: Path) -> None:
+    average([runs / "one"], tmp_path / "mean", last=2)
+    settings = trilemma.config.load_config(tmp_path / "mean" / "config.yaml")
+    trilemma.train(settings, out=tmp_path / "again", quiet=True)
+    trilemma.train(settings, out=tmp_path / "again", resume=True, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -91,6 +98,8 @@ def test_the_default_folder_stands_beside_the_run(runs: Path, tmp_path: Path) ->
         ({"model.mixer": "retention"}, "model.mixer is 'retention', not 'attention'"),
         ({"data.train": {"generated": "reverse", "size": 50, "options": {"symbols": 5}}}, "another tokenizer than"),
         ({"training.precision": "float64"}, "one of them is float64"),
+        ({"seed": 77}, "begun from other weights than"),
+        ({"data.lowercase": True}, "data.lowercase is True, not False"),
     ],
 )
 def test_other_models_are_refused_by_name(

@@ -15,11 +15,14 @@ CONFIG = {
     "model": {"layout": "encoder-only", "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "mixer": "gru"},
     "data": {"task": "classification"},
     "tokenizer": {"kind": "character"},
-    "training": {"steps": 6, "batch_tokens": 64, "precision": "float32", "device": "cpu", "compile": "off"},
-}
+    "training": {
+        "steps": 40, "learning_rate": 0.02, "warmup_steps": 2, "batch_tokens": 64,
+        "precision": "float32", "device": "cpu", "compile": "off",
+    },
+}  # fmt: skip
 DATA = {
     "train": [("a b a", "yes"), ("b b", "no"), ("a a", "yes"), ("b a b b", "no"), ("", "no")] * 5,
-    "valid": [("a b", "yes"), ("b", "no"), ("a", "no"), ("b b a", "yes")] * 2,
+    "valid": [("a b a", "yes"), ("a b a", "yes"), ("a b a", "no"), ("b b", "no"), ("b b", "no"), ("b b", "yes")] * 2,
 }
 
 
@@ -38,6 +41,12 @@ def test_the_temperature_is_fitted_kept_and_used(tmp_path: Path, capfd: pytest.C
     (run.directory.path / CALIBRATION).write_text('{"temperature": 1.0}')
     with pytest.raises(CheckpointError, match=r"calibration.json: truncated or altered"):
         trilemma.load(run.directory.path)
+
+
+def test_too_little_validation_data_calibrates_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(CONFIG, data={**DATA, "valid": [("a b a", "yes"), ("b b", "no")]}, out=tmp_path / "run")
+    assert "not calibrated: 2 validation examples bound no temperature" in capfd.readouterr().err
+    assert trilemma.load(run.directory.path).temperature is None
 
 
 def test_without_validation_data_there_is_none(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def command(
     chosen = [] if steps is None else _numbers(steps)
     from trilemma.train.average import average
 
-    folder = out or runs[0].with_name(f"{runs[0].name}-average")
+    first = runs[0].resolve()  # "." has no name
+    folder = out or first.with_name(f"{first.name}-average")
     summary = average(runs, folder, last or 5, chosen)
     if json:
         print_json({"run": str(folder), **summary})

@@ -96,6 +96,9 @@ def prepare(
     names = [item.name for item in inputs["train"]]
     dataset = Dataset(config, tokenizer, stores, weights, labels, names)
     if partition is not None:
+        for split, size in dataset.sizes.items():
+            if size == 0:
+                raise DataError(f"data.split: no example is left for {split}; give it a larger share")
         dataset.notes |= partition.notes(dataset.sizes)
     if is_streamed(task):
         dataset.notes["data.documents"] = _DOCUMENT_NOTES[inputs["train"][0].documents]

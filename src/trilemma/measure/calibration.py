@@ -38,6 +38,11 @@ class Calibration:
     loss_before: float
     loss_after: float
 
+    @property
+    def at_bound(self) -> bool:
+        """Whether the data asked for a temperature beyond `LOWEST` or `HIGHEST`: too few, or all right or wrong."""
+        return not 1.001 * LOWEST < self.temperature < HIGHEST / 1.001
+
     def to_json(self) -> dict[str, Any]:
         """The content of calibration.json."""
         return asdict(self)

@@ -49,6 +49,8 @@ def _divided(config: RunConfig, split: Literal["valid", "test"]) -> Texts:
     if not getattr(config.data.split, split):
         raise DataError(f"there is no {split} data: set data.split.{split} in the config, or name files to score")
     examples = list(split_examples(config.data, split))
+    if not examples:
+        raise DataError(f"data.split: no example is left for {split}; give it a larger share")
     columns = [[example[place] for example in examples] for place in range(len(examples[0]))]
     if is_streamed(config.data.task):
         sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
@@ -87,8 +89,9 @@ def file_texts(config: RunConfig, files: list[Path]) -> Texts:
         ConfigError: more than two files. DataError: missing, empty, misaligned or malformed.
     """
     if len(files) == 1:
-        train = config.data.train if isinstance(config.data.train, Source) else config.data.train[0]
-        own = (config.data.test or train).options
+        train = [config.data.train] if isinstance(config.data.train, Source) else config.data.train
+        sources = [config.data.test, *train] if config.data.test is not None else train
+        own = sources[0].options if sources else {}  # an imported run has no data
         options = {"documents": own["documents"]} if is_streamed(config.data.task) and "documents" in own else {}
         return _read(config, Source(path=str(files[0]), options=options), "test", files[0].name)
     if len(files) != 2 or is_streamed(config.data.task):

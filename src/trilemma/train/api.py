@@ -70,7 +70,7 @@ def train(
     if exists and not resume:
         raise CheckpointError(f"{directory.path}: holds a run already; go on with --resume, or choose another --out")
     stored = RunDirectory.open(directory.path).read_config() if exists else None
-    if stored is not None and NOTE in stored.notes:
+    if stored is not None and NOTE in stored.notes and not directory.checkpoints():
         raise CheckpointError(
             f"{directory.path}: an average of checkpoints has no optimizer to go on with; "
             f"begin another run with it: --from {directory.path}"

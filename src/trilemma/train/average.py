@@ -65,6 +65,15 @@ def _check_alike(first: RunDirectory, config: RunConfig, other: RunDirectory) ->
             raise CheckpointError(
                 f"{other.path}: another model than {first.path}: model.{key} is {theirs[key]!r}, not {ours[key]!r}"
             )
+    for key in ("task", "labels", "lowercase"):
+        one, two = getattr(config.data, key), getattr(found.data, key)
+        if one != two:
+            raise CheckpointError(f"{other.path}: another task than {first.path}: data.{key} is {two!r}, not {one!r}")
+    if (config.start_from or config.seed) != (found.start_from or found.seed):
+        raise CheckpointError(
+            f"{other.path}: begun from other weights than {first.path}; their mean would be neither. "
+            "Runs of one seed can be averaged, and runs that start from the same run"
+        )
     if (config.training.precision == "float64") != (found.training.precision == "float64"):
         raise CheckpointError(f"{other.path}: another model than {first.path}: one of them is float64")
     if first.read_tokenizer() != other.read_tokenizer():

@@ -70,7 +70,11 @@ def _calibration(trainer: Trainer) -> Calibration | None:
         hidden = run_model(trainer.model, batch.to(trainer.processes.device))
         found.append(torch.log_softmax(trainer.model.head(hidden).double(), dim=-1).cpu())
         labels.append(batch.labels)
-    return fit_temperature(torch.cat(found).numpy(), torch.cat(labels).numpy())
+    calibration = fit_temperature(torch.cat(found).numpy(), torch.cat(labels).numpy())
+    if calibration.at_bound:
+        trainer.display.say(f"not calibrated: {calibration.examples:,} validation examples bound no temperature")
+        return None
+    return calibration
 
 
 def average_checkpoints(

@@ -95,4 +95,5 @@ def take_weights(model: SequenceModel, config: RunConfig, run: LoadedRun) -> str
 
 def _head(config: RunConfig) -> object:
     """What the head's rows stand for: the vocabulary, or these classes."""
-    return config.data.labels if config.model.num_labels is not None else "vocabulary"
+    labels = config.model.num_labels
+    return (labels, config.data.labels) if labels is not None else "vocabulary"

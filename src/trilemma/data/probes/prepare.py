@@ -31,15 +31,8 @@ def prepare_probe(
     Raises:
         ConfigError: another tokenizer is asked for, the sources do not share one vocabulary, or options do not fit.
     """
-    if config.tokenizer.kind != "task":
-        raise ConfigError(f"tokenizer.kind is {config.tokenizer.kind}: a probe has its own vocabulary, set kind: task")
-    probes = {split: [probe_of(source) for source in found] for split, found in sources.items()}
-    symbols = probes["train"][0].symbols()
-    for split, found in probes.items():
-        for probe in found:
-            if probe.symbols() != symbols:
-                raise ConfigError(f"data.{split}: another vocabulary than the first source of data.train has")
-    own = symbol_tokenizer(symbols)
+    probes = probes_of(config, sources)
+    own = symbol_tokenizer(probes["train"][0].symbols())
     if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
         raise ConfigError(
             f"data.train: the probe has another vocabulary ({own.vocab_size} symbols, special ones counted) than the "
@@ -56,6 +49,23 @@ def prepare_probe(
     weights = [source.weight for source in sources["train"]]
     names = [f"probe {probe.name}" for probe in probes["train"]]
     return Dataset(config, tokenizer, stores, weights, names=names), tokenizer
+
+
+def probes_of(config: RunConfig, sources: dict[str, list[Source]]) -> dict[str, list[Probe]]:
+    """The probes of each split's sources; all share the vocabulary of the first one of train.
+
+    Raises:
+        ConfigError: as `prepare_probe`.
+    """
+    if config.tokenizer.kind != "task":
+        raise ConfigError(f"tokenizer.kind is {config.tokenizer.kind}: a probe has its own vocabulary, set kind: task")
+    probes = {split: [probe_of(source) for source in found] for split, found in sources.items()}
+    symbols = probes["train"][0].symbols()
+    for split, found in probes.items():
+        for probe in found:
+            if probe.symbols() != symbols:
+                raise ConfigError(f"data.{split}: another vocabulary than the first source of data.train has")
+    return probes
 
 
 def _store(probe: Probe, split: str, size: int, root: Path) -> TokenStore:
