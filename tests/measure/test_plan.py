@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from trilemma import machine
 from trilemma.config import RunConfig, load_config, merge, parse
+from trilemma.data import prepare
 from trilemma.errors import ConfigError
+from trilemma.measure import hardware
 from trilemma.measure.hardware import GPUS, Hardware, named
 from trilemma.measure.plan import Rows, plan_training, saved_bytes
 from trilemma.models import build_model
@@ -207,6 +210,58 @@ def test_memory_and_time_of_a_real_step_lie_in_the_band() -> None:
     assert TIME_BAND[0] < found["seconds"] / found["planned_seconds"] < TIME_BAND[1], found
 
 
+# --- probes ---
+
+MIXED = [
+    {"generated": "mqar", "size": 300, "options": {"length": length, "pairs": length // 4, "vocab_size": 64}}
+    for length in (16, 32)
+]
+STRINGS = {"generated": "copying", "size": 3000, "weight": 2.0, "options": {"min_length": 3, "max_length": 20}}
+WORDS = {"generated": "word-problem", "size": 2000, "options": {"group": "S5", "min_length": 2, "max_length": 9}}
+
+
+def probe(train: Any, **overrides: Any) -> RunConfig:
+    values: dict[str, Any] = {"model__vocab_size": None, "tokenizer__kind": "task", **overrides}
+    return config_of("decoder-only", data={"task": "probe", "train": train}, **values)
+
+
+@pytest.mark.parametrize("train", [MIXED, STRINGS, WORDS], ids=["mixture", "strings", "words"])
+def test_a_probe_is_planned_as_it_is_prepared(train: Any, tmp_path: Path) -> None:
+    """Vocabulary, padded tokens and labels of a micro-batch: the mean of an epoch's."""
+    config = probe(train, training__batch_tokens=512)
+    plan = plan_training(config, GPUS["A100"])
+    dataset, _ = prepare(config, cache_dir=tmp_path)
+    batches = [dataset.micro_batch(k) for k in range(dataset.batches_per_epoch)]
+    padded = sum(batch.inputs.numel() for batch in batches) / len(batches)
+    labels = sum(batch.num_targets for batch in batches) / len(batches)
+    assert plan.parameters["total"] == build_model(dataset.resolved(config).model).parameter_counts()["total"]
+    assert plan.rows.rows * plan.rows.length == pytest.approx(padded, rel=0.08)
+    assert plan.tokens / 10 / config.training.accumulate == pytest.approx(labels, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("train", "overrides", "message"),
+    [
+        ({"generated": "mqqr"}, {}, 'unknown probe "mqqr"; did you mean "mqar"'),
+        ([], {}, "at least one source is needed"),
+        ([WORDS, STRINGS], {}, "another vocabulary than the first source"),
+        (WORDS, {"tokenizer__kind": "bpe"}, "a probe has its own vocabulary, set kind: task"),
+        (WORDS, {"model__vocab_size": 99}, "model.vocab_size: 99 is below the probe's 126"),
+        (WORDS, {"training__batch_tokens": 8}, "training.batch_tokens: 8 is below one row of 9 tokens"),
+        (WORDS, {"data__max_source_length": 8}, "data.max_source_length: 8 is below a row of 9 tokens"),
+    ],
+)
+def test_a_probe_that_cannot_be_prepared_is_not_planned(train: Any, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_training(probe(train, **overrides), named("A100"))
+    assert message in str(error.value)
+
+
+def test_a_probes_length_is_not_given() -> None:
+    with pytest.raises(ConfigError, match="--length: a probe's rows are as long as its options say"):
+        plan_training(probe(WORDS), named("A100"), length=9)
+
+
 # --- what ends a run, what it costs ---
 
 
@@ -238,6 +293,15 @@ def test_a_precision_follows_the_hardware() -> None:
     ]
     with pytest.raises(ConfigError, match="P100 does not compute in bfloat16"):
         plan_training(config_of(training__precision="bfloat16"), named("P100"))
+
+
+@pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
+def test_here_a_precision_is_what_training_chooses(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU bfloat16 has a ceiling, but seldom pays."""
+    monkeypatch.setattr(hardware, "choose_precision", lambda device: (chosen, f"on {device}"))
+    here = hardware.this_machine(machine.describe(), machine.ceilings("cpu"))
+    assert plan_training(config_of(training__precision="auto"), here).precision == chosen
+    assert plan_training(config_of(training__precision="bfloat16"), here).precision == "bfloat16"
 
 
 def test_what_cannot_be_planned_is_said() -> None:

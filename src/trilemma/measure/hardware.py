@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trilemma.errors import ConfigError, nearest
-from trilemma.machine import Ceilings, Machine
+from trilemma.machine import Ceilings, Machine, choose_precision
 
 HERE = "here"
 
@@ -27,6 +27,7 @@ class Hardware:
         fractions: of the peak that training is assumed to reach, by precision.
         source: where the numbers come from.
         on_cpu: whether tensors are allocated by the C library, which keeps more than it holds.
+        best_precision: what `training.precision: auto` becomes on this device.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Hardware:
     fractions: dict[str, float]
     source: str
     on_cpu: bool = False
+    best_precision: str = "float32"
 
     def peak(self, precision: str) -> float:
         """FLOP/s in a precision.
@@ -49,15 +51,11 @@ class Hardware:
             )
         return self.flops[precision]
 
-    @property
-    def best_precision(self) -> str:
-        """What `training.precision: auto` becomes on this device: bfloat16 where it has it."""
-        return "bfloat16" if "bfloat16" in self.flops else "float32"
-
 
 def _gpu(name: str, flops: dict[str, float], bandwidth: float, gigabytes: int, source: str) -> Hardware:
     fractions = dict.fromkeys(flops, _GPU_FRACTION)
-    return Hardware(name, flops, bandwidth, gigabytes * 10**9, fractions, source)
+    best = "bfloat16" if "bfloat16" in flops else "float32"
+    return Hardware(name, flops, bandwidth, gigabytes * 10**9, fractions, source, best_precision=best)
 
 
 # Dense peaks of the SXM boards, without structured sparsity.
@@ -94,7 +92,7 @@ def named(name: str, fraction: float | None = None) -> Hardware:
 
 
 def this_machine(machine: Machine, ceilings: Ceilings, fraction: float | None = None) -> Hardware:
-    """The device of `ceilings` on this machine."""
+    """The device of `ceilings` on this machine; precision `auto` is chosen as training chooses it."""
     on_cpu = ceilings.device == "cpu"
     dtypes = {"float32": ceilings.float32_gflops, "bfloat16": ceilings.bfloat16_gflops}
     flops = {name: rate * 1e9 for name, rate in dtypes.items()}
@@ -109,6 +107,7 @@ def this_machine(machine: Machine, ceilings: Ceilings, fraction: float | None = 
         fractions=_CPU_FRACTIONS if on_cpu else dict.fromkeys(flops, _GPU_FRACTION),
         source="this machine's measured ceilings (trilemma doctor)",
         on_cpu=on_cpu,
+        best_precision=choose_precision(ceilings.device)[0],
     )
     return _with_fraction(hardware, fraction)
 

@@ -13,11 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trilemma.config import ModelConfig, RunConfig
+from trilemma.data import IGNORE
+from trilemma.data.dataset import check_layout
+from trilemma.data.generated import DEFAULT_SIZES
+from trilemma.data.plan import even, whole_rows
+from trilemma.data.probes import Probe
+from trilemma.data.probes.prepare import probes_of
+from trilemma.data.tokenizer import SPECIALS
 from trilemma.errors import ConfigError
 from trilemma.measure.cost import measure_training
 from trilemma.measure.hardware import Hardware
@@ -26,6 +34,7 @@ from trilemma.runs.tensors import model_tensors
 
 # Tokens of a sentence where nothing says more: about what WMT's sentences have in subwords.
 SENTENCE = 25
+_DRAWN = 256  # rows of a probe, from which their lengths and labels are estimated
 # The loss is computed over chunks of logits of this size (trilemma.train.objective), of which three are held at once:
 # logits, their normalised form and their gradient.
 _LOGIT_BYTES = {True: 8 << 20, False: 512 << 20}  # on a CPU, on a GPU
@@ -248,7 +257,12 @@ def _resolved(config: RunConfig, assumptions: list[str]) -> ModelConfig:
     """The architecture with the vocabulary and the classes that only data will decide."""
     model = config.model
     changes: dict[str, int] = {}
-    if model.vocab_size is None:
+    if config.data.task == "probe":
+        needed = len(SPECIALS) + len(_probes(config)[0].symbols())
+        if model.vocab_size is not None and model.vocab_size < needed:
+            raise ConfigError(f"model.vocab_size: {model.vocab_size} is below the probe's {needed}; leave it out")
+        changes["vocab_size"] = model.vocab_size or needed
+    elif model.vocab_size is None:
         kind = config.tokenizer.kind
         changes["vocab_size"] = 262 if kind == "byte" else config.tokenizer.vocab_size
         if kind not in ("byte", "bpe", "unigram"):
@@ -270,6 +284,10 @@ def _rows(config: RunConfig, length: int | None, source_length: int | None, assu
     encoder = config.model.layout == "encoder-decoder"
     if source_length is not None and data.task != "seq2seq":
         raise ConfigError(f"--source-length: rows of task {data.task} have no source")
+    if data.task == "probe":
+        if length is not None:
+            raise ConfigError("--length: a probe's rows are as long as its options say; leave it out")
+        return _probe_rows(config, assumptions)
     tokens = length or (data.context_length if streamed else SENTENCE)
     source = (source_length or SENTENCE) if data.task == "seq2seq" else 0
     if tokens + source > budget:
@@ -284,6 +302,48 @@ def _rows(config: RunConfig, length: int | None, source_length: int | None, assu
     if encoder:
         return Rows(budget // (tokens + source), tokens, source, targets)
     return Rows(budget // (tokens + source), tokens + source, 0, targets)
+
+
+def _probes(config: RunConfig) -> list[Probe]:
+    """The probes that are trained on, checked as `prepare` checks them."""
+    data = config.data
+    sources = {"train": data.train if isinstance(data.train, list) else [data.train]}
+    if not sources["train"]:
+        raise ConfigError("data.train: at least one source is needed")
+    sources |= {split: [source] for split, source in (("valid", data.valid), ("test", data.test)) if source is not None}
+    return probes_of(config, sources)["train"]
+
+
+def _probe_rows(config: RunConfig, assumptions: list[str]) -> Rows:
+    """The mean micro-batch of a probe, from the first rows that training will see. Rows of similar length share one."""
+    check_layout(config)
+    data, budget = config.data, config.training.batch_tokens
+    sources = data.train if isinstance(data.train, list) else [data.train]
+    lengths: list[int] = []
+    labels: list[int] = []
+    shares: list[float] = []
+    for source, probe in zip(sources, _probes(config), strict=True):
+        size = source.size or DEFAULT_SIZES["train"]
+        drawn = list(probe.examples("train", min(size, _DRAWN)))
+        lengths += [len(row.tokens) for row in drawn]
+        labels += [int((row.labels != IGNORE).sum()) for row in drawn]
+        shares += [source.weight * size / len(drawn)] * len(drawn)
+    used = np.array(lengths) <= data.max_source_length
+    if not used.all() and (data.over_length == "error" or not used.any()):
+        raise ConfigError(
+            f"data.max_source_length: {data.max_source_length} is below a row of {max(lengths)} tokens: raise it"
+        )
+    lengths_used, weights = np.array(lengths)[used], np.array(shares)[used]
+    padded = even(lengths_used)
+    if (longest := int(lengths_used.max())) > budget:
+        raise ConfigError(f"training.batch_tokens: {budget} is below one row of {longest} tokens")
+    fitting = np.array([max(1, whole_rows(budget // int(size))) for size in padded])
+    batches = max(1.0, float((weights / fitting).sum()))  # of an epoch
+    rows = max(1, round(float(weights.sum()) / batches))
+    length = max(1, round(float((weights * padded).sum()) / batches / rows))
+    targets = float((weights * np.array(labels)[used]).sum()) / batches / rows
+    assumptions.append(f"rows of {length} tokens, {targets:.3g} of them scored: the mean of {len(padded):,} rows drawn")
+    return Rows(rows, length, 0, targets)
 
 
 def _steps(config: RunConfig, targets: float, step_seconds: float, step_flops: int, budget: float | None) -> int:
