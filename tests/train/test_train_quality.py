@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 import trilemma
-from trilemma.errors import CheckpointError, ConfigError
+from trilemma.errors import CheckpointError, ConfigError, Interrupted
 from trilemma.runs import RunDirectory
 from trilemma.train import loop, progress
 from trilemma.train.counters import Counters
@@ -112,6 +114,45 @@ def test_kill_and_resume_give_the_same_bytes(
     blind = run_contents(runner.folder / f"{layout}-blind")
     last = "checkpoints/step-00000012/model.safetensors"
     assert blind[last] == whole[last]
+
+
+@pytest.mark.parametrize("step", [4, 12])
+@pytest.mark.parametrize("decoding", ["greedy", "configured"])
+def test_a_signal_abandons_the_measurement(
+    step: int, decoding: str, tmp_path: Path, tiny_config: Tiny, run_contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of decoding: the step is saved as it was trained, and measured once, by the resumed run."""
+    quality = {"metric": "chrf", "every": 4, "examples": 5, "decoding": decoding}
+    config = tiny_config(ema=0.9, quality=quality)
+    config["decoding"] = {"method": "beam", "beam_size": 2, "max_length": 6, "batch_tokens": 8}
+    trilemma.train(config, out=tmp_path / "whole", quiet=True)
+    calls: list[int] = []
+    measured: list[int] = []
+    real = loop.measure_quality
+
+    def struck(model: Any, *rest: Any) -> float:
+        def strike(*_: object) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        measured.append(1)
+        if len(measured) == step // 4:
+            model.embedding.register_forward_hook(strike)
+        return real(model, *rest)
+
+    monkeypatch.setattr(loop, "measure_quality", struck)
+    with pytest.raises(Interrupted, match=f"step {step} is saved"):
+        trilemma.train(config, out=tmp_path / "parts", quiet=True)
+    assert len(calls) == 3, "decoding went on after the signal"
+    assert RunDirectory.open(tmp_path / "parts").latest_checkpoint() == step
+    assert step not in [record["step"] for record in validations(tmp_path / "parts")]
+    trilemma.train(config, out=tmp_path / "parts", resume=True, quiet=True)
+    whole, parts = run_contents(tmp_path / "whole"), run_contents(tmp_path / "parts")
+    early = f"checkpoints/step-{step:08}/trainer.json"  # was written before the measurement, not after it
+    assert whole.pop(early)["validated"] == step
+    assert parts.pop(early)["validated"] < step
+    assert whole == parts
 
 
 def test_classification_is_judged_by_accuracy(tmp_path: Path, tiny_config: Tiny) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -28,7 +28,7 @@ from trilemma.train.counters import Counters, flops_of, peak_memory
 from trilemma.train.optimizer import Optimizer
 from trilemma.train.processes import Processes
 from trilemma.train.progress import Display, Tracker
-from trilemma.train.quality import measure_quality
+from trilemma.train.quality import Abandoned, measure_quality
 from trilemma.train.randomness import reseed
 from trilemma.train.schedules import learning_rate
 from trilemma.train.signals import Signals
@@ -154,7 +154,7 @@ class Trainer:
         )
         losses = [0.0] * count
         for item, batch in batches.items():
-            if self.signals.received and processes.world == 1:
+            if self._abandons():
                 self.optimizer.clear()
                 return None
             reseed(self.config.seed, number, item)
@@ -246,8 +246,11 @@ class Trainer:
         if due and counters.validated != counters.step and self.dataset.sizes.get("valid"):
             found = self.validation()
             if found is None:
-                return
-            improved = self._judge(found)
+                self._interrupted()
+            try:
+                improved = self._judge(found)
+            except Abandoned:
+                self._interrupted()
         saved = counters.step in self.directory.checkpoints()
         if (counters.step % training.checkpoint_every == 0 or improved or self._ended() is not None) and not saved:
             self.save()
@@ -282,14 +285,15 @@ class Trainer:
         return self.counters.step % (wanted.every or training.validate_every or training.checkpoint_every) == 0
 
     def _quality(self) -> float | None:
-        """The metric of `training.quality`, as rank 0 finds it; None without one."""
+        """The metric of `training.quality`, as rank 0 finds it; None without one. `Abandoned` if a signal came
+        meanwhile."""
         if self.config.training.quality is None:
             return None
         found = 0.0
         if self.processes.is_first:
             self.model.eval()
             with self.optimizer.averaged():
-                found = measure_quality(self.model, self.dataset, self.config, self.processes.device)
+                found = measure_quality(self.model, self.dataset, self.config, self.processes.device, self._abandons)
         return self.processes.sum([found])[0]
 
     def validation(self) -> Validation | None:
@@ -299,7 +303,7 @@ class Trainer:
         self.model.eval()
         with self.optimizer.averaged(), torch.no_grad(), self._autocast():
             for index, batch in enumerate(self.dataset.eval_batches("valid")):
-                if self.signals.received and self.processes.world == 1:
+                if self._abandons():
                     return None
                 if not self.processes.mine(index):
                     continue
@@ -337,7 +341,11 @@ class Trainer:
         latest = self.directory.latest_checkpoint()
         return "no checkpoint exists yet" if latest is None else f"the last good checkpoint is step {latest}"
 
-    def _interrupted(self) -> None:
+    def _abandons(self) -> bool:
+        """Whether to leave what is half done: a signal came, and no other process waits for this one."""
+        return self.signals.received > 0 and self.processes.world == 1
+
+    def _interrupted(self) -> NoReturn:
         self.display.close()
         if self.counters.step and self.counters.step not in self.directory.checkpoints():
             self.save()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from trilemma.config import DecodingConfig, RunConfig
@@ -9,6 +11,10 @@ from trilemma.data import Dataset
 from trilemma.errors import ConfigError
 from trilemma.measure.evaluation import check_metrics, score_texts
 from trilemma.models import SequenceModel
+
+
+class Abandoned(Exception):  # noqa: N818 - no error: it ends a measurement that is repeated on resume
+    """A measurement was stopped before it was complete."""
 
 
 def check_quality(config: RunConfig) -> None:
@@ -23,13 +29,24 @@ def check_quality(config: RunConfig) -> None:
     check_metrics(config.data.task, [wanted.metric])
 
 
-def measure_quality(model: SequenceModel, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
+def measure_quality(
+    model: SequenceModel, dataset: Dataset, config: RunConfig, device: torch.device, stop: Callable[[], bool]
+) -> float:
     """`config.training.quality.metric` of the model as it is, 0 to 100; no random stream is touched.
 
     Args:
         model: in evaluation mode, on `device`.
         config: resolved.
+        stop: asked before each call of the model, so between batches and between the tokens of one.
+
+    Raises:
+        Abandoned: `stop` said so.
     """
+
+    def ask(*_: object) -> None:
+        if stop():
+            raise Abandoned
+
     wanted = config.training.quality
     assert wanted is not None
     sources, targets = dataset.eval_texts("valid")
@@ -39,15 +56,20 @@ def measure_quality(model: SequenceModel, dataset: Dataset, config: RunConfig, d
     if wanted.decoding == "greedy":
         kept = decoding.model_dump(include={"max_length", "max_ratio", "max_extra", "batch_tokens"})
         decoding = DecodingConfig(method="greedy", **kept)
-    found = score_texts(
-        model,
-        dataset.tokenizer,
-        config,
-        [sources[place] for place in places],
-        [targets[place] for place in places],
-        split="valid",
-        decoding=decoding,
-        metrics=[wanted.metric],
-        device=device,
-    )
+    # However the metric is found, by any decoding or scoring, each batch begins with its embedding.
+    watch = model.embedding.register_forward_pre_hook(ask)
+    try:
+        found = score_texts(
+            model,
+            dataset.tokenizer,
+            config,
+            [sources[place] for place in places],
+            [targets[place] for place in places],
+            split="valid",
+            decoding=decoding,
+            metrics=[wanted.metric],
+            device=device,
+        )
+    finally:
+        watch.remove()
     return found[wanted.metric].value
