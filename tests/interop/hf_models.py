@@ -138,6 +138,8 @@ CASES = {
         {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "scale_decoder_outputs": False},
         "seq2seq",
     ),
+    # tied by its file, as today's transformers writes it, and yet its outputs are not scaled
+    "mt5": Case("MT5ForConditionalGeneration", transformers.MT5Config, _T5, "seq2seq"),
     "mamba": Case("MambaForCausalLM", transformers.MambaConfig, {**_MAMBA, "state_size": 4, "use_bias": True}),
     "mamba2": Case("Mamba2ForCausalLM", transformers.Mamba2Config, _MAMBA2),
     "mamba2-tied": Case(

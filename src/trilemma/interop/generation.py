@@ -13,12 +13,13 @@ from trilemma.interop.keys import GENERATION, IDS
 # Ours and theirs of what means the same.
 _SAME = {"num_beams": "beam_size", "no_repeat_ngram_size": "no_repeat_ngram", "temperature": "temperature"}
 _SAME |= {"top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_length"}
+_TOP_K = 50  # what sampling keeps there, unless told otherwise
 # What no setting at all comes to, where it is not nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "temperature": (1.0,),
     "top_p": (1.0,),
-    "top_k": (50,),
+    "top_k": (_TOP_K,),
     "length_penalty": (1.0,),
     "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
@@ -52,14 +53,19 @@ def decoding_of(
         for name, value in settings.items()
         if value not in (*_NOTHING, *_NEUTRAL.get(name, ())) and name not in IDS and name != "transformers_version"
     }
-    ours: dict[str, Any] = {"method": "greedy" if task == "language-model" else "beam"}
+    greedy = task == "language-model" or settings.get("num_beams") == 1
+    ours: dict[str, Any] = {"method": "greedy" if greedy else "beam"}
     if found.pop("do_sample", False):
         ours["method"] = "sample"
+        if found.get("top_k") is None and settings.get("top_k") != 0:  # 0 is no limit, no setting at all is 50
+            ours["top_k"] = _TOP_K
     elif "num_beams" in found:
         ours["method"] = "beam"
     else:  # they say how to sample, where nobody samples
         for name in ("temperature", "top_k", "top_p"):
             found.pop(name, None)
+    if settings.get("length_penalty") == 0:  # no penalty, in either formula; others have no counterpart here
+        ours["length_penalty"] = 0.0
     ours |= {_SAME[name]: found.pop(name) for name in list(found) if name in _SAME}
     banned, words = found.pop("suppress_tokens", []), found.get("bad_words_ids", [])
     for name, value in (("suppress_tokens", banned), ("bad_words_ids", words)):

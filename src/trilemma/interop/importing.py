@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from trilemma import machine
 from trilemma.config import DataConfig, DecodingConfig, RunConfig, TokenizerConfig, TrainingConfig
@@ -90,7 +91,14 @@ def understand(values: Mapping[str, Any], where: str, ignore: Collection[str] = 
         if name not in values:
             raise ConfigError(f"--ignore {name}: {where} has no such key{nearest(name, values)}")
     keys = Keys(values, where, ignore)
-    blueprint = by_type[kind].read(keys)
+    try:
+        blueprint = by_type[kind].read(keys)
+    except ValidationError as error:
+        found = [
+            f"{where}: model.{'.'.join(map(str, item['loc']))}: {item['msg']}, found {item['input']!r}"
+            for item in error.errors()
+        ]
+        raise ConfigError("\n".join(found)) from None
     keys.finish()
     blueprint.notes.extend(keys.untaken())
     return by_type[kind], blueprint

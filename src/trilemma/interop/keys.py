@@ -73,6 +73,13 @@ class Keys:
         found = self.maybe(name, type(default))
         return default if found is None else found
 
+    def size(self, name: str, default: int) -> int:
+        """The integer, 1 or more; absent or null: the default."""
+        found = self.take(name, default)
+        if found < 1:
+            raise ConfigError(f"{self.where}: {name}: 1 or more is needed, found {found}")
+        return found
+
     def need(self, name: str, kind: type[T]) -> T:
         """The value of a key that must be there."""
         found = self.maybe(name, kind)

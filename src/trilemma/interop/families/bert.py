@@ -76,16 +76,16 @@ def _read(keys: Keys) -> Blueprint:
     with_head = head in ("ForMaskedLM", "ForPreTraining")
     model = ModelConfig(
         layout="encoder-only",
-        vocab_size=keys.take("vocab_size", 30522 if kind == "bert" else 50265),
-        d_model=keys.take("hidden_size", 768),
-        d_ff=keys.take("intermediate_size", 3072),
-        num_layers=keys.take("num_hidden_layers", 12),
-        num_heads=keys.take("num_attention_heads", 12),
+        vocab_size=keys.size("vocab_size", 30522 if kind == "bert" else 50265),
+        d_model=keys.size("hidden_size", 768),
+        d_ff=keys.size("intermediate_size", 3072),
+        num_layers=keys.size("num_hidden_layers", 12),
+        num_heads=keys.size("num_attention_heads", 12),
         norm_position="post",
         norm_epsilon=keys.take("layer_norm_eps", 1e-12),
         activation=keys.choose("hidden_act", ACTIVATIONS, "gelu"),
         positions="learned",
-        max_length=keys.take("max_position_embeddings", 512) - skipped,
+        max_length=keys.size("max_position_embeddings", 512) - skipped,
         embedding_scale=False,
         embedding_norm=True,
         token_types=keys.take("type_vocab_size", 2),
@@ -133,12 +133,15 @@ def _body(model: ModelConfig, names: _Names, skipped: int) -> list[Rule]:
 
 def _head(model: ModelConfig, names: _Names, with_head: bool) -> list[Rule]:
     rules: list[Rule] = []
+    unused = rf"{names.base}\.pooler\.dense\.(weight|bias)"
     if model.num_labels is not None:
+        if not names.pooler.startswith(names.base):  # RoBERTa's classifier has a layer of its own instead
+            rules.append(LeftOut(unused, "the classifier does not read it"))
         for end in ("weight", "bias"):
             rules.append(Weight(f"head_transform.dense.{end}", f"{names.pooler}.{end}"))
             rules.append(Weight(f"output.{end}", f"{names.classifier}.{end}"))
         return rules
-    rules.append(LeftOut(rf"{names.base}\.pooler\.dense\.(weight|bias)", "embeddings of texts are pooled without it"))
+    rules.append(LeftOut(unused, "embeddings of texts are pooled without it"))
     if with_head:
         for end in ("weight", "bias"):
             rules.append(Weight(f"head_transform.dense.{end}", f"{names.dense}.{end}"))

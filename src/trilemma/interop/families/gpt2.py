@@ -16,18 +16,18 @@ def _read(keys: Keys) -> Blueprint:
     keys.only("scale_attn_by_inverse_layer_idx", False)
     keys.only("add_cross_attention", False)
     keys.skip("reorder_and_upcast_attn", "n_ctx")  # rounding alone; an older name of n_positions
-    d_model, layers = keys.take("n_embd", 768), keys.take("n_layer", 12)
+    d_model, layers = keys.size("n_embd", 768), keys.size("n_layer", 12)
     model = ModelConfig(
         layout="decoder-only",
-        vocab_size=keys.take("vocab_size", 50257),
+        vocab_size=keys.size("vocab_size", 50257),
         d_model=d_model,
-        d_ff=keys.take("n_inner", 4 * d_model),
+        d_ff=keys.size("n_inner", 4 * d_model),
         num_layers=layers,
-        num_heads=keys.take("n_head", 12),
+        num_heads=keys.size("n_head", 12),
         norm_epsilon=keys.take("layer_norm_epsilon", 1e-5),
         activation=keys.choose("activation_function", ACTIVATIONS, "gelu_new"),
         positions="learned",
-        max_length=keys.take("n_positions", 1024),
+        max_length=keys.size("n_positions", 1024),
         embedding_scale=False,
         tie_embeddings=keys.take("tie_word_embeddings", True),
         dropout=keys.take("resid_pdrop", 0.1),

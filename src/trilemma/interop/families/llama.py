@@ -18,15 +18,16 @@ from trilemma.runs.tensors import model_tensors
 
 # Our per-head norms add this; other values of theirs cannot be honoured together with query and key norms.
 _QK_EPSILON = 1e-6
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _read(keys: Keys) -> Blueprint:
     kind = keys.need("model_type", str)
-    d_model, layers = keys.take("hidden_size", 4096), keys.take("num_hidden_layers", 32)
-    heads = keys.take("num_attention_heads", 32)
-    kv_heads = keys.take("num_key_value_heads", 8 if kind == "mistral" else 32 if kind.startswith("qwen") else heads)
+    d_model, layers = keys.size("hidden_size", 4096), keys.size("num_hidden_layers", 32)
+    heads = keys.size("num_attention_heads", 32)
+    kv_heads = keys.size("num_key_value_heads", 8 if kind == "mistral" else 32 if kind.startswith("qwen") else heads)
     default_head = 128 if kind == "qwen3" else d_model // heads
-    head_dim = keys.take("head_dim", default_head)
+    head_dim = keys.size("head_dim", default_head)
     qk_norm = kind == "qwen3"
     bias = kind == "qwen2" or (kind != "mistral" and keys.take("attention_bias", False))
     epsilon = keys.take("rms_norm_eps", 1e-6)
@@ -47,9 +48,9 @@ def _read(keys: Keys) -> Blueprint:
     mixers: list[MixerSpec] = [{**common, "window": window} for window in windows]
     model = ModelConfig(
         layout="decoder-only",
-        vocab_size=keys.take("vocab_size", 151936 if kind.startswith("qwen") else 32000),
+        vocab_size=keys.size("vocab_size", 151936 if kind.startswith("qwen") else 32000),
         d_model=d_model,
-        d_ff=keys.take("intermediate_size", {"llama": 11008, "mistral": 14336}.get(kind, 22016)),
+        d_ff=keys.size("intermediate_size", {"llama": 11008, "mistral": 14336}.get(kind, 22016)),
         num_layers=layers,
         num_heads=heads,
         mixer=mixers[0] if len(set(windows)) == 1 else mixers,
@@ -58,7 +59,7 @@ def _read(keys: Keys) -> Blueprint:
         activation=keys.choose("hidden_act", GATED_ACTIVATIONS, "silu"),
         bias=keys.take("mlp_bias", False) if kind == "llama" else False,
         positions="none",
-        max_length=keys.take("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
+        max_length=keys.size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
         embedding_scale=False,
         tie_embeddings=keys.take("tie_word_embeddings", False),
         dropout=0.0,
@@ -74,32 +75,39 @@ def _rotary_base(keys: Keys) -> float:
     keys.skip("is_llama_config")
     parameters: dict[str, Any] = dict(keys.take("rope_parameters", {}))
     scaling: dict[str, Any] = dict(keys.take("rope_scaling", {}))
-    theta = float(parameters.pop("rope_theta", keys.take("rope_theta", 10000.0)))
+    theta = parameters.pop("rope_theta", keys.take("rope_theta", 10000.0))
+    if not isinstance(theta, (int, float)) or theta <= 0:
+        raise ConfigError(f"{keys.where}: rope_theta: a number above 0 is needed, found {theta!r}")
     for name, found in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         kind = found.get("rope_type", found.get("type", "default"))
         partial = found.get("partial_rotary_factor", 1.0)
         if kind != "default" or partial != 1.0:
             shown = f"partial_rotary_factor {partial}" if kind == "default" else f'rope_type "{kind}"'
             raise ConfigError(f"{keys.where}: {name}: {shown} cannot be honoured; only whole, unscaled rotations can")
-    return theta
+    return float(theta)
 
 
 def _windows(keys: Keys, kind: str, layers: int) -> list[int | None]:
     """The sliding window of each layer."""
-    window = keys.maybe("sliding_window", int) if kind != "llama" else None
-    types = keys.maybe("layer_types", list)
+    window, types, first = None, keys.maybe("layer_types", list), 0
+    if kind != "llama":  # null is no window; absent is one of 4096
+        window = keys.maybe("sliding_window", int) if "sliding_window" in keys.values else 4096
     if kind.startswith("qwen"):
         sliding, first = keys.take("use_sliding_window", False), keys.take("max_window_layers", 28)
-        window = (window or 4096) if sliding else None
-        if types is None:
-            types = ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(layers)]
+        window = window if sliding else None
+    if window is not None and window < 1:
+        raise ConfigError(f"{keys.where}: sliding_window: 1 or more is needed, found {window}")
     if types is None:
-        types = ["sliding_attention" if window else "full_attention"] * layers
-    unknown = set(types) - {"full_attention", "sliding_attention"}
+        types = [_SLIDING if window and i >= first else _FULL for i in range(layers)]
+    unknown = [shown for shown in types if shown not in (_FULL, _SLIDING)]
     if unknown or len(types) != layers:
-        shown = f'"{min(unknown)}"' if unknown else f"{len(types)} entries for {layers} layers"
+        shown = f'"{unknown[0]}"' if unknown else f"{len(types)} entries for {layers} layers"
         raise ConfigError(f"{keys.where}: layer_types: {shown} cannot be honoured")
-    return [window if kind_of == "sliding_attention" else None for kind_of in types]
+    if _SLIDING in types and window is None:
+        raise ConfigError(
+            f"{keys.where}: layer_types: {_SLIDING} needs a sliding_window, which is absent or not in use"
+        )
+    return [window if kind_of == _SLIDING else None for kind_of in types]
 
 
 def _rules(model: ModelConfig, head_dim: int, kv_heads: int, bias: bool, kind: str) -> list[Rule]:
@@ -150,6 +158,8 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
         if mixer.position != "rotary" or mixer.scale is not None:
             raise CapabilityError(f"{family}: attention needs position rotary, and no scale of its own")
     windows = [mixer.window for mixer in mixers]
+    if len(sizes := {window for window in windows if window}) > 1:
+        raise CapabilityError(f"{family}: all windows must have one size, found {sorted(sizes)}")
     bias, qk_norm = first.qkv.bias is not None, first.query_norm is not None
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -168,11 +178,11 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     }
     more: dict[str, Any] = {}
     if qk_norm or (any(windows) and (bias or len(set(windows)) > 1)):
-        types = ["sliding_attention" if window else "full_attention" for window in windows]
+        types = [_SLIDING if window else _FULL for window in windows]
         kind, more["layer_types"] = "qwen3" if qk_norm else "qwen2", types
         more |= {"attention_bias": bias} if qk_norm else {}
         if any(windows):
-            more |= {"use_sliding_window": True, "sliding_window": max(filter(None, windows)), "max_window_layers": 0}
+            more |= {"use_sliding_window": True, "sliding_window": max(sizes), "max_window_layers": 0}
     elif any(windows):
         kind, more["sliding_window"] = "mistral", windows[0]
     else:

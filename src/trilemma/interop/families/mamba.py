@@ -30,40 +30,40 @@ def _read(keys: Keys) -> Blueprint:
     keys.only("rms_norm", True)
     keys.only("ssm_cfg", {})
     keys.skip(*_WITHOUT_EFFECT)
-    d_model, expand = keys.take("hidden_size", 768 if first else 4096), keys.take("expand", 2)
+    d_model, expand = keys.size("hidden_size", 768 if first else 4096), keys.size("expand", 2)
     epsilon = keys.take("layer_norm_epsilon", 1e-5)
     mixer: dict[str, Any] = {"expand": expand}
     if first:
         rank = keys.values.get("time_step_rank", "auto")
         mixer |= {
             "name": "mamba",
-            "d_state": keys.take("state_size", 16),
-            "taps": keys.take("conv_kernel", 4),
+            "d_state": keys.size("state_size", 16),
+            "taps": keys.size("conv_kernel", 4),
             "dt_rank": rank if isinstance(rank, int) else math.ceil(d_model / 16),
             "bias": keys.take("use_bias", False),
         }
     else:
         keys.only("use_bias", False)
         keys.only("time_step_limit", [0.0, math.inf], [0.0, {"__float__": "Infinity"}], None)
-        heads, head_dim = keys.take("num_heads", 128), keys.take("head_dim", 64)
+        heads, head_dim = keys.size("num_heads", 128), keys.size("head_dim", 64)
         if heads * head_dim != expand * d_model:
             raise ConfigError(
                 f"{keys.where}: num_heads * head_dim is {heads * head_dim}, expand * hidden_size {expand * d_model}"
             )
         mixer |= {
             "name": "mamba2",
-            "d_state": keys.take("state_size", 128),
+            "d_state": keys.size("state_size", 128),
             "head_dim": head_dim,
-            "num_groups": keys.take("n_groups", 8),
-            "conv_size": keys.take("conv_kernel", 4),
-            "chunk_size": min(64, keys.take("chunk_size", 256)),
+            "num_groups": keys.size("n_groups", 8),
+            "conv_size": keys.size("conv_kernel", 4),
+            "chunk_size": min(64, keys.size("chunk_size", 256)),
             "epsilon": epsilon,
         }
     model = ModelConfig(
         layout="decoder-only",
-        vocab_size=keys.take("vocab_size", 50280 if first else 32768),
+        vocab_size=keys.size("vocab_size", 50280 if first else 32768),
         d_model=d_model,
-        num_layers=keys.take("num_hidden_layers", 32 if first else 64),
+        num_layers=keys.size("num_hidden_layers", 32 if first else 64),
         mixer=mixer,
         norm="rmsnorm",
         norm_epsilon=epsilon,

@@ -32,26 +32,26 @@ def _read(keys: Keys) -> Blueprint:
     keys.only("normalize_embedding", kind == "bart")
     keys.only("static_position_embeddings", kind == "marian")
     keys.skip("num_hidden_layers", "force_bos_token_to_be_generated", "extra_pos_embeddings")
-    for side in ("ffn_dim", "attention_heads"):
-        encoder, decoder = (keys.take(f"{part}_{side}", 0) for part in ("encoder", "decoder"))
+    for side, default in (("ffn_dim", 4096), ("attention_heads", 16)):
+        encoder, decoder = (keys.size(f"{part}_{side}", default) for part in ("encoder", "decoder"))
         if encoder != decoder:
             raise ConfigError(
                 f"{keys.where}: decoder_{side} is {decoder}, encoder_{side} {encoder}; they must be equal"
             )
-    vocab_size = keys.take("vocab_size", 58101 if kind == "marian" else 50265)
+    vocab_size = keys.size("vocab_size", 58101 if kind == "marian" else 50265)
     keys.only("decoder_vocab_size", None, vocab_size)
     model = ModelConfig(
         layout="encoder-decoder",
         vocab_size=vocab_size,
-        d_model=keys.take("d_model", 1024),
-        d_ff=keys.take("encoder_ffn_dim", 4096),
-        num_layers=keys.take("decoder_layers", 12),
-        encoder_layers=keys.take("encoder_layers", 12),
-        num_heads=keys.take("encoder_attention_heads", 16),
+        d_model=keys.size("d_model", 1024),
+        d_ff=keys.size("encoder_ffn_dim", 4096),
+        num_layers=keys.size("decoder_layers", 12),
+        encoder_layers=keys.size("encoder_layers", 12),
+        num_heads=keys.size("encoder_attention_heads", 16),
         norm_position="post",
         activation=keys.choose("activation_function", ACTIVATIONS, "gelu"),
         positions="sinusoidal-halves" if kind == "marian" else "learned",
-        max_length=keys.take("max_position_embeddings", 1024),
+        max_length=keys.size("max_position_embeddings", 1024),
         embedding_scale=keys.take("scale_embedding", False),
         embedding_norm=kind == "bart",
         tie_embeddings=keys.take("tie_word_embeddings", True),
@@ -129,9 +129,9 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     kind = "bart" if config.positions == "learned" else "marian"
     require(config, kind, layout="encoder-decoder", norm="layernorm", norm_position="post", norm_epsilon=1e-5)
     require(config, kind, token_types=0, feed_forward=True, bias=True)
+    require(config, kind, tie_embeddings=True)  # else transformers fills both sides' own tables anew
     if kind == "marian":
         require(config, kind, positions="sinusoidal-halves", embedding_norm=False, share_embeddings=True)
-        require(config, kind, tie_embeddings=True)  # else transformers fills both sides' own tables anew
     else:
         require(config, kind, embedding_norm=True, share_embeddings="tokens")
     plain_attention(model, kind)

@@ -34,16 +34,16 @@ def _read(keys: Keys) -> Blueprint:
     keys.only("relative_attention_num_buckets", 32)
     keys.only("relative_attention_max_distance", 128)
     keys.skip("dense_act_fn", "is_gated_act", "n_positions")  # they repeat feed_forward_proj; no table has that size
-    heads, head_dim = keys.take("num_heads", 8), keys.take("d_kv", 64)
-    layers = keys.take("num_layers", 6)
+    heads, head_dim = keys.size("num_heads", 6 if newer else 8), keys.size("d_kv", 64)
+    layers = keys.size("num_layers", 8 if newer else 6)
     tied = keys.take("tie_word_embeddings", True)
     own: dict[str, Any] = {"head_dim": head_dim, "scale": 1.0, "bias": False}
     model = ModelConfig(
         layout="encoder-decoder",
-        vocab_size=keys.take("vocab_size", 32128),
-        d_model=keys.take("d_model", 512),
-        d_ff=keys.take("d_ff", 2048),
-        num_layers=keys.take("num_decoder_layers", layers),
+        vocab_size=keys.size("vocab_size", 250112 if newer else 32128),
+        d_model=keys.size("d_model", 512),
+        d_ff=keys.size("d_ff", 1024 if newer else 2048),
+        num_layers=keys.size("num_decoder_layers", layers),
         encoder_layers=layers,
         num_heads=heads,
         mixer={"name": "attention", "position": "t5-shared", **own},
@@ -57,7 +57,8 @@ def _read(keys: Keys) -> Blueprint:
         tie_embeddings=tied,
         dropout=keys.take("dropout_rate", 0.1),
     )
-    return Blueprint(model, "seq2seq", _rules(model, head_dim, keys.take("scale_decoder_outputs", tied)))
+    scaled = keys.take("scale_decoder_outputs", tied and not newer)  # mT5 never scales, whatever its file says of ties
+    return Blueprint(model, "seq2seq", _rules(model, head_dim, scaled))
 
 
 def _rules(model: ModelConfig, head_dim: int, scaled: bool) -> list[Rule]:
