@@ -12,9 +12,11 @@ from hf_models import CASES, make, rows, tokenizer
 
 from trilemma.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig
 from trilemma.data import Tokenizer
+from trilemma.decode import Prompts
 from trilemma.errors import CapabilityError
-from trilemma.interop import import_model
+from trilemma.interop import export_hf, import_model
 from trilemma.interop.export_hf import write
+from trilemma.interop.families.llama import LLAMA
 from trilemma.interop.target import ExportOptions
 from trilemma.models import build_model
 from trilemma.runs import RunDirectory
@@ -144,6 +146,17 @@ def test_own_models(architecture: str, tmp_path: Path) -> None:
     assert (words.pad_token_id, words.eos_token_id) == (own.pad, own.eos)
 
 
+def test_a_decoder_s_prompt_ends_with_the_separator(tmp_path: Path) -> None:
+    settings, _ = OWN["LlamaForCausalLM"]
+    run = own_run(tmp_path / "run", settings, "seq2seq")
+    (tmp_path / "hf").mkdir()
+    write(run, tmp_path / "hf", ExportOptions())
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (
+        words("w5 w9")["input_ids"] == Prompts(run.tokenizer, run.config).context(run.tokenizer.encode("w5 w9")).prompt
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_imported_models_go_out_again(name: str, tmp_path: Path) -> None:
     make(CASES[name], tmp_path / "hf")
@@ -164,6 +177,26 @@ def test_what_has_no_counterpart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CapabilityError, match=r"no architecture of transformers.*llama: model.norm is 'layernorm'"):
         write(run, tmp_path, ExportOptions())
     settings, task = OWN["MarianMTModel"]
-    untied = own_run(tmp_path / "untied", {**settings, "tie_embeddings": False}, task)
-    with pytest.raises(CapabilityError, match=r"marian: model\.tie_embeddings is False"):
-        write(untied, tmp_path, ExportOptions())
+    bart = {"positions": "learned", "max_length": 24, "share_embeddings": "tokens", "embedding_norm": True}
+    for name, more in (("marian", {}), ("bart", bart)):
+        untied = own_run(tmp_path / name, {**settings, **more, "tie_embeddings": False}, task)
+        with pytest.raises(CapabilityError, match=rf"{name}: model\.tie_embeddings is False"):
+            write(untied, tmp_path, ExportOptions())
+
+
+def test_windows_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    settings, task = OWN["Qwen3ForCausalLM"]
+    mixers = [{**settings["mixer"], "window": window} for window in (4, 12)]
+    run = own_run(tmp_path / "run", {**settings, "mixer": mixers}, task)
+    with pytest.raises(CapabilityError, match=r"llama: all windows must have one size, found \[4, 12\]"):
+        write(run, tmp_path, ExportOptions())
+
+
+def test_the_check_reads_beyond_the_largest_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted mistake: a window of 20 is written as 16, which eight tokens would not show."""
+    settings, task = OWN["MistralForCausalLM"]
+    run = own_run(tmp_path / "run", {**settings, "mixer": {**settings["mixer"], "window": 20}}, task)
+    values = LLAMA.write(run.model, run.config)
+    monkeypatch.setattr(export_hf, "_described", lambda run: {**values, "sliding_window": 16})
+    with pytest.raises(CapabilityError, match="what was written does not compute what this run does"):
+        write(run, tmp_path, ExportOptions())

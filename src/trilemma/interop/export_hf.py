@@ -25,6 +25,7 @@ from trilemma.interop.families import FAMILIES
 from trilemma.interop.families.base import Blueprint
 from trilemma.interop.importing import needed_shapes, understand
 from trilemma.interop.target import ExportOptions
+from trilemma.mixers.attention import Attention
 from trilemma.models import SequenceModel, build_model
 from trilemma.runs import files
 from trilemma.runs.load import LoadedRun
@@ -114,10 +115,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
 
 
 def _template(made: tokenizers.Tokenizer, tokenizer: Tokenizer, config: RunConfig) -> processors.TemplateProcessing:
-    """`text eos` for an encoder-decoder's source, `bos text eos` for an encoder, `bos text` for a language model."""
-    bos, eos = made.id_to_token(tokenizer.bos), made.id_to_token(tokenizer.eos)
-    rows = {"encoder-decoder": ["$A", eos], "encoder-only": [bos, "$A", eos], "decoder-only": [bos, "$A"]}
-    ids = [(bos, tokenizer.bos), (eos, tokenizer.eos)]
+    """`text eos` for an encoder-decoder's source, `bos text eos` for an encoder, `bos text` for a language model.
+
+    Any other decoder-only model goes on after `bos text sep`.
+    """
+    bos, eos, sep = (made.id_to_token(index) for index in (tokenizer.bos, tokenizer.eos, tokenizer.sep))
+    prompt = [bos, "$A"] if config.data.task == "language-model" else [bos, "$A", sep]
+    rows = {"encoder-decoder": ["$A", eos], "encoder-only": [bos, "$A", eos], "decoder-only": prompt}
+    ids = [(bos, tokenizer.bos), (eos, tokenizer.eos), (sep, tokenizer.sep)]
     return processors.TemplateProcessing(single=rows[config.model.layout], special_tokens=ids)
 
 
@@ -130,9 +135,17 @@ def _check(model: SequenceModel, blueprint: Blueprint, folder: Path) -> None:
     for name, target in model_tensors(again).items():
         target.copy_(tensors[name])
     assert model.config.vocab_size is not None
-    length = min(8, model.config.max_length or 8)
+    windows = [mixer.window or 0 for mixer in model.mixers() if isinstance(mixer, Attention)]
+    length = 8 + max(windows, default=0)  # so that the last tokens are beyond every window
+    for config in (model.config, blueprint.model):
+        length = min(length, config.max_length or length)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     given = {"source": ids} if model.layout == "encoder-decoder" else {}
-    found, wanted = again.head(again(ids, **given)), model.head(model(ids, **given)).float()
+
+    def last(computed: SequenceModel) -> torch.Tensor:
+        hidden = computed(ids, **given)
+        return computed.head(hidden[:, -8:] if hidden.ndim > 2 else hidden).float()
+
+    found, wanted = last(again), last(model)
     if not torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * max(1.0, float(wanted.abs().max()))):
         raise CapabilityError("what was written does not compute what this run does; this architecture does not fit")
