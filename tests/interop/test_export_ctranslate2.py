@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from export_cases import LIMIT, SYMBOLS, documented, make_run, outputs
+from hf_models import CASES as HF_CASES
+from hf_models import make
 
 from trilemma.errors import BackendError, CapabilityError, ConfigError, LawError
-from trilemma.interop import export_ctranslate2
+from trilemma.interop import export_ctranslate2, import_model
 from trilemma.interop.target import ExportOptions, new_folder
-from trilemma.runs.load import LoadedRun
+from trilemma.runs.load import LoadedRun, load_run
 
 LINES = [" ".join(f"s{(7 * i + j * j + j) % len(SYMBOLS)}" for j in range(1 + i % 8)) for i in range(10)]
 
@@ -186,3 +188,17 @@ def test_other_weights_are_not_published(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(export_ctranslate2, "_fill_norm", without_bias)
     with pytest.raises(LawError, match="CTranslate2 computes other log-probabilities than the model: they differ by"):
         export(model_run("encoder-decoder", "attention"), tmp_path / "out")
+
+
+def test_bart_s_sources_begin_as_ours(tmp_path: Path) -> None:
+    make(HF_CASES["bart"], tmp_path / "hf")
+    run = load_run(import_model(tmp_path / "hf", tmp_path / "run").path)
+    page = export(run, tmp_path / "out")  # compares the log-probabilities
+    assert page["source_begin"] == ["<s>"]
+    lines = ["w5 w6", "w9 w40 w7 w77", "w30"]
+    script = documented(tmp_path / "decode.py", "ctranslate2.Translator")
+    command = [sys.executable, "-I", str(script), str(tmp_path / "out"), "1", str(LIMIT)]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    ours = outputs(run, lines, method="greedy")
+    assert done.stdout.splitlines() == ours
+    assert len(set(ours)) > 1, "the outputs depend on the input"

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from export_cases import LIMIT, documented, make_run, outputs
+from hf_models import CASES, make
 from safetensors.torch import load_file
 
 import trilemma
 from trilemma.errors import CapabilityError, ConfigError, LawError
-from trilemma.interop import export_torch
+from trilemma.interop import export_torch, import_model
 from trilemma.interop.program import largest_difference, make_programs
 from trilemma.interop.target import ExportOptions, new_folder
 from trilemma.nn.cache import RingCache
 from trilemma.registry import mixer_class
-from trilemma.runs.load import LoadedRun
+from trilemma.runs.load import LoadedRun, load_run
 
 LINES = ["s3 s4 s5 s6 s7", "s29", "", "s1 s1 s2 s9 s9 s20 s11"]
 
@@ -176,3 +177,17 @@ def test_a_state_that_counts_in_python_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(RingCache, "append", counting)
     with pytest.raises(CapabilityError, match=r"counts in Python, which a program cannot: .*window"):
         export(run, tmp_path / "out")
+
+
+def test_bart_s_sources_begin_as_ours(tmp_path: Path) -> None:
+    make(CASES["bart"], tmp_path / "hf")
+    run = load_run(import_model(tmp_path / "hf", tmp_path / "run").path)
+    page = export(run, tmp_path / "out", context=LIMIT, source_length=8)
+    assert page["start"]["source_begin"] == [1]
+    lines = ["w5 w6", "w9 w40 w7 w77", "w30"]
+    ours = outputs(run, lines, method="greedy")
+    script = documented(tmp_path / "decode.py", "torch.export.load")
+    command = [sys.executable, "-I", str(script), str(tmp_path / "out"), str(LIMIT)]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ours
+    assert len(set(ours)) > 1, "the outputs depend on the input"

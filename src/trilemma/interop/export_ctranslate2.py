@@ -20,7 +20,7 @@ from trilemma import __version__
 from trilemma.config import ModelConfig, RunConfig
 from trilemma.data import Tokenizer
 from trilemma.errors import CapabilityError, ConfigError, DataError, LawError, nearest
-from trilemma.interop.target import ExportOptions, optional_package, tokenizer_file
+from trilemma.interop.target import ExportOptions, optional_package, text_begin, tokenizer_file
 from trilemma.mixers.attention import Attention
 from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.models import SequenceModel
@@ -68,18 +68,19 @@ def write(run: LoadedRun, folder: Path, options: ExportOptions) -> dict[str, Any
     from ctranslate2.specs import transformer_spec
 
     decoder = _decoder(transformer_spec.TransformerDecoderSpec, model)
-    words = vocabulary(tokenizer)
+    words, begin = vocabulary(tokenizer), text_begin(tokenizer)
     if isinstance(model, EncoderDecoder):
         encoder = _encoder(transformer_spec.TransformerEncoderSpec, model)
         spec = transformer_spec.TransformerSpec(encoder, decoder)
         spec.register_source_vocabulary(words)
         spec.register_target_vocabulary(words)
         spec.config.decoder_start_token = words[tokenizer.bos]
-        spec.config.add_source_eos = True
+        spec.config.add_source_bos, spec.config.add_source_eos = bool(begin), True
     else:
         spec = transformer_spec.TransformerDecoderModelSpec(decoder)
         spec.register_vocabulary(words)
-    spec.config.bos_token, spec.config.eos_token = words[tokenizer.bos], words[tokenizer.eos]
+    first = begin[0] if begin else tokenizer.bos  # where it adds one to sources, it is this
+    spec.config.bos_token, spec.config.eos_token = words[first], words[tokenizer.eos]
     spec.config.unk_token, spec.config.layer_norm_epsilon = words[tokenizer.unk], config.model.norm_epsilon
     spec.validate()
     spec.optimize(quantization=options.quantization)
@@ -120,13 +121,15 @@ def _page(run: LoadedRun, words: Sequence[str], name: str, quantization: str | N
     """How to decode as we do."""
     tokenizer, decoding = run.tokenizer, run.config.decoding
     encoder = run.model.layout == "encoder-decoder"
+    begin = text_begin(tokenizer)
     ends = encoder or run.config.data.task == "language-model"
     return {
         "format": "trilemma-ctranslate2",
         "version": 1,
         "layout": run.model.layout,
         "class": "ctranslate2.Translator" if encoder else "ctranslate2.Generator",
-        "prompt_begin": [] if encoder else [words[tokenizer.bos]],
+        "source_begin": [words[index] for index in begin] if encoder else None,  # it is added there
+        "prompt_begin": [] if encoder else [words[index] for index in (tokenizer.bos, *begin)],
         "prompt_end": [] if ends else [words[tokenizer.sep]],
         "quantization": quantization,
         "length_penalty": decoding.length_penalty,
@@ -147,7 +150,8 @@ def _difference(run: LoadedRun, words: Sequence[str], folder: Path) -> float:
     inputs = torch.cat([torch.full((3, 1), tokenizer.bos), tokens[:, :-1]], dim=1)
     spoken = [[words[index] for index in row] for row in tokens.tolist()]
     if run.model.layout == "encoder-decoder":
-        source = torch.cat([tokens, torch.full((3, 1), tokenizer.eos)], dim=1)
+        begin = torch.tensor([text_begin(tokenizer)] * 3, dtype=torch.long)
+        source = torch.cat([begin, tokens, torch.full((3, 1), tokenizer.eos)], dim=1)
         hidden = run.model(inputs, source=source)
         scored = ctranslate2.Translator(str(folder)).score_batch(spoken, spoken)
     else:

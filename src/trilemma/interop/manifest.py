@@ -11,7 +11,7 @@ from torch import Tensor
 from trilemma import __version__
 from trilemma.data.tokenizer import ROLES
 from trilemma.interop.program import Programs, Tensors
-from trilemma.interop.target import tokenizer_file
+from trilemma.interop.target import text_begin, tokenizer_file
 from trilemma.runs.load import LoadedRun
 
 FILE = "program.json"
@@ -36,6 +36,7 @@ def describe(
     tokenizer, model, sizes = run.tokenizer, run.model, programs.sizes
     encoder = sizes.source is not None
     language_model = run.config.data.task == "language-model"
+    begin = text_begin(tokenizer)
     memory: Tensors = programs.step_inputs[2] if encoder else {}
     step_inputs = [_tensor("tokens", programs.step_inputs[0]), *_named(programs.start), *_named(memory)]
     logits = {"name": "logits", "shape": ["rows", model.config.vocab_size], "dtype": _type(next(model.parameters()))}
@@ -54,8 +55,9 @@ def describe(
         "vocab_size": model.config.vocab_size,
         "special_ids": {role: getattr(tokenizer, role) for role in ROLES},
         "start": {
+            "source_begin": begin if encoder else None,
             "source_end": [tokenizer.eos] if encoder else None,
-            "prompt_begin": [tokenizer.bos],
+            "prompt_begin": [tokenizer.bos] if encoder else [tokenizer.bos, *begin],
             "prompt_end": [] if encoder or language_model else [tokenizer.sep],
             "state": "start.safetensors",
         },

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 from trilemma.data import Tokenizer
-from trilemma.errors import BackendError, ConfigError
+from trilemma.data.backends import Bound
+from trilemma.data.pieces import MARIAN
+from trilemma.errors import BackendError, CapabilityError, ConfigError
 from trilemma.runs import files
 
 
@@ -85,9 +87,24 @@ def optional_package(name: str, target: str, install: str) -> ModuleType:
 
 
 def tokenizer_file(tokenizer: Tokenizer) -> tuple[str, bytes]:
-    """Name and content of the file in which others read a tokenizer: tokenizer.json, or a SentencePiece model."""
+    """Name and content of the file in which others read a tokenizer: tokenizer.json, or a SentencePiece model.
+
+    Raises:
+        CapabilityError: Marian's tokenizer, which is several files.
+    """
     values = json.loads(tokenizer.serialize())
     values = values.get("tokenizer", values)  # with the ids that an imported model fixed
+    if values.get("format") == MARIAN:
+        raise CapabilityError(
+            "a Marian tokenizer is two SentencePiece models, source.spm and target.spm, and a vocabulary, vocab.json: "
+            "this target holds one tokenizer's file; export the run with --to hf, which writes all three"
+        )
     if "model" in values and isinstance(values["model"], str):
         return "tokenizer.model", base64.b64decode(values["model"])
     return "tokenizer.json", json.dumps(values, ensure_ascii=False).encode()
+
+
+def text_begin(tokenizer: Tokenizer) -> list[int]:
+    """Ids that every text begins with, on either side, which the tokenizer's own file does not say (BART)."""
+    before = tokenizer.backend.before if isinstance(tokenizer.backend, Bound) else None
+    return [] if before is None else [before]
