@@ -7,6 +7,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import transformers
@@ -14,8 +15,8 @@ from hf_models import CASES, EOS, PAD, VOCABULARY, make
 
 from trilemma import load
 from trilemma.data import Tokenizer
-from trilemma.errors import CheckpointError, DataError
-from trilemma.interop import import_model
+from trilemma.errors import CapabilityError, CheckpointError, DataError
+from trilemma.interop import export_ctranslate2, export_onnx, export_torch, import_model
 from trilemma.interop.export_hf import write
 from trilemma.interop.target import ExportOptions
 from trilemma.runs.load import load_run
@@ -91,6 +92,14 @@ def test_marian_runs_write_and_score_with_the_side_s_own_pieces(marian: Path, tm
         assert held == kept if name.endswith(".spm") else json.loads(held) == json.loads(kept)
 
 
+@pytest.mark.parametrize("target", [export_ctranslate2, export_onnx, export_torch])
+def test_a_target_of_one_tokenizer_file_refuses_marian_s(target: ModuleType, marian: Path, tmp_path: Path) -> None:
+    run = load_run(import_model(marian, tmp_path / "run").path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CapabilityError, match=r"two SentencePiece models, source.spm and target.spm.*--to hf"):
+        target.write(run, tmp_path / "out", ExportOptions())
+
+
 def test_a_vocabulary_without_the_unknown_piece_is_refused(marian: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "source.spm", "target.spm"):
         (tmp_path / name).write_bytes((marian / name).read_bytes())
@@ -117,7 +126,9 @@ def test_a_sentencepiece_model(tmp_path: Path) -> None:
     (tmp_path / "hf" / "tokenizer.json").unlink()
     model = trained(ENGLISH, 46)
     (tmp_path / "hf" / "spiece.model").write_bytes(model)
+    (tmp_path / "hf" / "added_tokens.json").write_text('{"<extra>": 90}')
     run = load_run(import_model(tmp_path / "hf", tmp_path / "run").path)
+    assert any("added_tokens.json is not read: its 1 tokens (<extra>)" in note for note in run.config.notes.values())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert run.tokenizer.encode(ENGLISH[0]) == processor.encode(ENGLISH[0])
     assert run.tokenizer.decode([VOCABULARY - 1, *run.tokenizer.encode(ENGLISH[1]), EOS]) == ENGLISH[1]

@@ -55,6 +55,9 @@ def read_tokenizer(
     for role in ("unk", "sep", "mask"):
         own = found.of(role)
         ids[role] = ids["pad"] if own is None else own
+    if path.name != "tokenizer.json" and (added := read_json(directory / "added_tokens.json")):
+        names = ", ".join(map(str, list(added)[:3])) + (", ..." if len(added) > 3 else "")
+        notes.append(f"added_tokens.json is not read: its {len(added)} tokens ({names}) are text to {path.name}")
     notes.append("special ids: " + ", ".join(f"{role} {ids[role]}" for role in ROLES))
     before = found.of("bos") if begins else None
     return Tokenizer.bound(content, str(path), ids, model.vocab_size, before), notes
