@@ -184,7 +184,9 @@ class Predictor(Reader):
     ) -> None:
         self.whole: AnyModel = model if ensemble is None else ensemble
         super().__init__(model, tokenizer, config, device, directory, temperature)
-        self._prompts = Prompts(tokenizer, config)
+        positions = self.whole.config.max_length  # of an ensemble the fewest
+        self._joint = config.model_copy(update={"model": config.model.model_copy(update={"max_length": positions})})
+        self._prompts = Prompts(tokenizer, self._joint)
 
     # Generation
 
@@ -379,7 +381,7 @@ class Predictor(Reader):
         return score_texts(
             self.whole,
             self.tokenizer,
-            self.config,
+            self._joint,
             texts.sources,
             texts.targets,
             split=texts.name,

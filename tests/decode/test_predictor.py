@@ -10,6 +10,7 @@ import torch
 
 from trilemma.config import RunConfig, TokenizerConfig, parse
 from trilemma.data import train_tokenizer
+from trilemma.decode import Ensemble
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError
 from trilemma.models import build_model
 from trilemma.predictor import Predictor
@@ -137,3 +138,15 @@ def test_line_breaks_in_an_output_become_spaces() -> None:
     with torch.no_grad():
         predictor.model.logit_bias[6 + ord("\n")] += 1000.0
     assert predictor.translate(["a"], method="greedy", max_length=4) == ["    "]
+
+
+def test_the_shortest_positions_of_an_ensemble_are_those_of_its_lines() -> None:
+    first, short = (predictor_of("decoder-only", positions="learned", max_length=most) for most in (40, 8))
+    both = Predictor(first.model, first.tokenizer, first.config, ensemble=Ensemble([first.model, short.model]))
+    lines = ["abc", "abcdefghij"]
+    assert len(first.translate(lines)) == 2
+    with pytest.raises(LengthError, match=r"line 2: 10 tokens, more than model.max_length = 6"):
+        both.translate(lines)
+    kept, left = both.generate(lines, over_length="skip", max_length=20)
+    assert (kept.skipped, left.text) == (None, "")
+    assert kept.outputs[0].tokens <= 8 - 5 + 1
