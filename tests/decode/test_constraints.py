@@ -190,6 +190,34 @@ def test_a_phrase_that_cannot_be_met_is_reported() -> None:
     assert "unmet" not in second[0].acted
 
 
+@pytest.mark.parametrize("settings", [{"method": "greedy"}, {"method": "sample", "n_best": 2}, {"beam_size": 3}])
+def test_where_nothing_is_allowed_the_output_ends(settings: dict[str, object]) -> None:
+    """Of eight tokens all are banned but two, of which no output holds either twice."""
+    banned = [token for token in range(8) if token not in (5, 6)]
+    requests = random_requests(3, vocab=8, limit=6)
+    for outputs in run(TinyModel(), requests, banned=banned, no_repeat_ngram=1, **settings):
+        assert outputs
+        for one in outputs:
+            assert (sorted(one.tokens), one.finished) == ([5, 6], True)
+            assert "banned" in one.acted
+    for outputs in run(TinyModel(), requests, banned=list(range(8)), **settings):
+        assert all((one.tokens, one.finished, one.acted) == ([], True, ("banned",)) for one in outputs)
+        assert outputs
+
+
+def test_groups_end_where_nothing_is_allowed() -> None:
+    requests = random_requests(3, vocab=8, limit=6)
+    for outputs in run(TinyModel(), requests, banned=list(range(8)), beam_size=4, beam_groups=2):
+        assert [(one.tokens, one.finished) for one in outputs] == [([], True)]
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_an_unknown_token_that_is_the_end_cannot_be_banned(method: str) -> None:
+    config = DecodingConfig(method=method, unknown="ban")
+    with pytest.raises(ConfigError, match="unknown=ban: this vocabulary has no unknown token"):
+        decode(TinyModel(), random_requests(1), config, eos=EOS, pad=PAD, unk=EOS)
+
+
 def test_what_excludes_each_other() -> None:
     request = Request([BOS], 8, source=[EOS], phrases=(Phrase((3,)),))
     for method in ("greedy", "sample"):

@@ -139,7 +139,7 @@ def decode_beam(
     for length in range(1, int(batch.limits.max()) + 1):
         live = _attended(live, weights)
         owners = book.place // groups
-        values, acting = _continue(live, logits, rules, owners)
+        values, acting = _continue(live, logits, rules, owners, eos)
         book = replace(book, acted=book.acted | acting)
         candidates = choice.candidates(values, live.history, owners, eos, width, int(margins))
         if margins:
@@ -187,7 +187,7 @@ def check_beam(config: DecodingConfig) -> None:
 
 def _choice(config: DecodingConfig, batch: DecodingBatch, eos: int, unk: int | None) -> tuple[Choice, Rules]:
     """How continuations are chosen, and what is forbidden."""
-    rules = Rules.of(config, batch, unk)
+    rules = Rules.of(config, batch, eos, unk)
     if any(request.phrases for request in batch.requests):
         if config.beam_groups > 1:
             raise ConfigError("phrases and decoding.beam_groups exclude each other: both divide the beam")
@@ -226,7 +226,7 @@ def _open_book(batch: DecodingBatch, groups: int, rules: int, dtype: torch.dtype
     )
 
 
-def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor) -> tuple[Tensor, Tensor]:
+def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor, eos: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities of all continuations [B, rows of a source, V], and which rules acted [B, rules].
 
     NaN is kept on purpose: it surfaces as an error in `_collect`.
@@ -234,11 +234,17 @@ def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor) -> tupl
     batch, rows = live.log_probability.shape
     scores = torch.log_softmax(logits.to(live.log_probability.dtype), dim=-1)
     acted = torch.zeros(batch, len(rules.keys), dtype=torch.bool, device=logits.device)
+    allowed = scores
     if rules:
-        scores, acting = rules.apply(scores, live.history.flatten(0, 1), owners.repeat_interleave(rows))
+        allowed, acting = rules.apply(scores, live.history.flatten(0, 1), owners.repeat_interleave(rows))
         alive = live.log_probability > -torch.inf
         acted = (acting.view(batch, rows, -1) & alive[:, :, None]).any(1)
-    return live.log_probability[:, :, None] + scores.view(batch, rows, -1), acted
+    values = live.log_probability[:, :, None] + allowed.view(batch, rows, -1)
+    if rules:  # a source whose hypotheses have no way on ends them
+        stuck = (values == -torch.inf).flatten(1).all(1)
+        ends = live.log_probability + scores.view(batch, rows, -1)[:, :, eos]
+        values[:, :, eos] = torch.where(stuck[:, None], ends, values[:, :, eos])
+    return values, acted
 
 
 def _finish(

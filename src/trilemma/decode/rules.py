@@ -1,7 +1,8 @@
 """Which tokens a hypothesis may go on with: small objects, each one rule, applied together at every step.
 
 A rule looks at the tokens so far and at nothing else, so it has no state to reorder with the beams. What is forbidden
-gets the log-probability -inf; everything else keeps the model's own, so scores stay those of forced decoding.
+gets the log-probability -inf; everything else keeps the model's own, so scores stay those of forced decoding. Where
+every way on is forbidden, and no other hypothesis of the input has one, the output ends with end-of-sequence.
 
 Legend: R rows (hypotheses), V vocabulary, T new tokens so far, B inputs of the batch.
 """
@@ -98,8 +99,15 @@ class Rules:
     forced: Tensor
 
     @classmethod
-    def of(cls, config: DecodingConfig, batch: DecodingBatch, unk: int | None) -> Rules:
-        """What a config and the requests of a batch ask for; `unk` is the id of the unknown token."""
+    def of(cls, config: DecodingConfig, batch: DecodingBatch, eos: int, unk: int | None) -> Rules:
+        """What a config and the requests of a batch ask for.
+
+        Args:
+            eos, unk: ids of end-of-sequence and of the unknown token.
+
+        Raises:
+            ConfigError: the unknown token is to be banned, and is end-of-sequence too.
+        """
         rules: list[Rule] = []
         if config.no_repeat_ngram is not None:
             rules.append(NoRepeat(config.no_repeat_ngram))
@@ -107,6 +115,8 @@ class Rules:
             rules.append(Banned(tuple(config.banned)))
         if config.unknown == "ban":
             assert unk is not None, "the unknown token's id is needed"
+            if unk == eos:
+                raise ConfigError("decoding.unknown=ban: this vocabulary has no unknown token; its id ends outputs")
             rules.append(Ban((unk,)))
         longest = max(len(request.forced) for request in batch.requests)
         forced = [[*request.forced, *[-1] * (longest - len(request.forced))] for request in batch.requests]

@@ -38,7 +38,7 @@ def decode_single(
         TrilemmaError: the model's output is not a number.
     """
     copies = config.n_best if config.method == "sample" else 1
-    rules = Rules.of(config, batch, unk)
+    rules = Rules.of(config, batch, eos, unk)
     logits, state = model.prefill(
         batch.inputs,
         batch.lengths,
@@ -63,6 +63,8 @@ def decode_single(
         if rules:
             owners = (rows // copies).to(device)
             allowed, acting = rules.apply(logits, history[rows, :position].to(device), owners)
+            stuck = (allowed == -torch.inf).all(-1)
+            allowed[:, eos] = torch.where(stuck, logits[:, eos], allowed[:, eos])
         tokens, gaps = _choose(allowed, batch.indices, rows, copies, position, config, margins)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         gains = (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(-1)).cpu().double()
