@@ -1,7 +1,8 @@
 """What a training will cost, before it starts: parameters, FLOPs, memory and time, from formulas.
 
 Parameters, FLOPs and sizes of files are exact for the lengths that are assumed; memory and time hold within the bands
-that `docs/plan.md` states and `tests/measure/test_plan.py` measures. Nothing here reads data or allocates weights; of a probe a few rows are drawn.
+that `docs/plan.md` states and `tests/measure/test_plan.py` measures. Nothing here reads data or allocates weights; of a
+probe, a few rows are drawn.
 
 Legend: B rows of a micro-batch, L tokens of a row, S source tokens.
 """

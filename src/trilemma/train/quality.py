@@ -13,8 +13,8 @@ from trilemma.measure.evaluation import check_metrics, score_texts
 from trilemma.models import SequenceModel
 
 
-class Abandoned(Exception):  # noqa: N818 - no error: it ends a measurement that is repeated on resume
-    """A measurement was stopped before it was complete."""
+class Abandoned(Exception):
+    """A measurement was stopped before it was complete: no error, a resumed run repeats it."""
 
 
 def check_quality(config: RunConfig) -> None:
