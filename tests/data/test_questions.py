@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from trilemma.data import prepare, train_tokenizer
 from trilemma.data.questions import NONE, Question, read_questions, rows_of, windows
 from trilemma.errors import ConfigError, DataError
 
+DATA = Path(__file__).parents[3] / "shared" / "data"  # real data, where they stand beside the checkout
 PASSAGE = "Die Größe der Stadt: 日本の首都 liegt im Osten.\nSie hat 14 Millionen Einwohner, sagt man dort."
 
 
@@ -168,10 +168,10 @@ def test_settings_that_do_not_fit(tmp_path: Path, data: dict[str, Any], message:
     [("jaquad/dev.json.gz", 3939), ("xquad/xquad.en.json", 1190), ("xquad/xquad.zh.json", 1190)],
 )
 def test_published_sets_are_read_whole(name: str, count: int) -> None:
-    folder = os.environ.get("TRILEMMA_DATA")
-    if not folder or not (Path(folder) / name).is_file():
-        pytest.skip(f"set TRILEMMA_DATA to a folder with {name}")
-    questions = list(read_questions(Source(path=str(Path(folder) / name))))
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"the published set {path} is not beside this checkout")
+    questions = list(read_questions(Source(path=str(path))))
     assert len(questions) == count
     for question in questions[::50]:
         assert question.passage[question.start :].startswith(question.answers[0])

@@ -232,7 +232,7 @@ def test_the_real_files_are_divided_without_leaks(recipe: str, tmp_path: Path) -
     config = load_config(Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml", ["tokenizer.kind=byte"])
     assert not isinstance(config.data.train, list)
     if not Path(str(config.data.train.path)).exists():
-        pytest.skip(f"{config.data.train.path} is not there")
+        pytest.skip(f"the published set {config.data.train.path} is not beside this checkout")
     dataset, _ = prepare(config, cache_dir=tmp_path)
     assert_no_leak(texts_of(dataset))
     assert dataset.sizes["train"] > 27_000

@@ -13,8 +13,9 @@ from torch import Tensor
 from trilemma.config import RunConfig, TokenizerConfig, parse
 from trilemma.data import train_tokenizer
 from trilemma.data.batch import question_batch
+from trilemma.data.languages import is_unspaced
 from trilemma.errors import CapabilityError, LengthError
-from trilemma.measure.answers import by_character, exact, f1, find_answers
+from trilemma.measure.answers import exact, f1, find_answers
 from trilemma.measure.spans import best_spans, span_log_probabilities
 from trilemma.models import build_model
 from trilemma.predictor import Predictor
@@ -193,4 +194,4 @@ def test_characters_where_words_have_no_spaces() -> None:
     assert not exact("「東京」、", ["東京"], False)
     assert f1("東京都", ["東京"], True) == pytest.approx(0.8)
     assert f1("東京都", ["東京"], False) == 0.0
-    assert [by_character(code) for code in ("ja", "zh-CN", "th", "de", "ko", None)] == [True] * 3 + [False] * 3
+    assert [is_unspaced(code) for code in ("ja", "zh-CN", "th", "de", "ko", None)] == [True] * 3 + [False] * 3

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 
 from trilemma.config import DecodingConfig, RunConfig
 from trilemma.data import Tokenizer
+from trilemma.data.languages import is_unspaced
 from trilemma.decode.hypothesis import Hypothesis, Phrase, Request
 from trilemma.errors import CapabilityError, DataError
-
-# Written without spaces between words: a phrase may stand anywhere.
-_UNSPACED = frozenset(("zh", "yue", "ja", "th", "lo", "km", "my", "bo", "dz"))
 
 
 @dataclass(frozen=True)
@@ -123,9 +121,9 @@ class Prompts:
         if not text:
             raise DataError(f"{where}: an empty phrase")
         alone = self._written(text, where, "phrase")
-        language = (self.config.data.target_language or "").replace("_", "-").split("-")[0].lower()
         before, both = self.tokenizer.of_targets().encode_batch(["x", f"x {text}"])
-        if language in _UNSPACED or both[: len(before)] != before or len(both) == len(before):
+        anywhere = is_unspaced(self.config.data.target_language)
+        if anywhere or both[: len(before)] != before or len(both) == len(before):
             return Phrase(tuple(alone))
         inside = both[len(before) :]
         return Phrase(tuple(inside), None if inside == alone or self.is_language_model else tuple(alone))

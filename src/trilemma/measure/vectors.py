@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trilemma.config import RunConfig
 from trilemma.data import Tokenizer
-from trilemma.decode import Request, collate, plan_batches
+from trilemma.decode import Prompts, Request, collate, plan_batches
 from trilemma.errors import CapabilityError, ConfigError, LengthError, nearest
 from trilemma.models import SequenceModel
 
@@ -87,9 +87,8 @@ def _read(ids: list[int], tokenizer: Tokenizer, config: RunConfig) -> list[int]:
     """A text with the special tokens that stood around it in training."""
     if config.model.layout == "encoder-only":
         return [tokenizer.bos, *ids, tokenizer.eos]
-    if config.model.layout == "encoder-decoder":
-        return [*ids, tokenizer.eos]
-    return [tokenizer.bos, *ids] if config.data.task == "language-model" else [tokenizer.bos, *ids, tokenizer.sep]
+    request = Prompts(tokenizer, config).context(ids)
+    return request.source or request.prompt
 
 
 def _pooled(hidden: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
