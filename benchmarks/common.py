@@ -7,6 +7,7 @@ counts.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,8 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,33 @@ RESULTS = Path(__file__).parent / "results"
 
 class WorkerError(RuntimeError):
     """A worker failed; the text holds the end of what it printed."""
+
+
+def options(description: str | None, workers: Iterable[str], name: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks take.
+
+    Args:
+        workers: the systems that `--worker` can run. name: of the stored result.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", choices=list(workers), help="run one system in this process")
+    parser.add_argument("--rounds", type=int, default=rounds, help="pairs of processes")
+    parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
+    parser.add_argument("--name", default=name, help="of the stored result")
+    return parser
+
+
+def same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:
+    """Refuses, by `WorkerError`, to compare systems whose numbers of weights differ by more than 1 %."""
+    if abs(own["parameters"] / peer["parameters"] - 1) > 0.01:
+        raise WorkerError(f"sizes differ: ours {own['parameters']:,}, peer {peer['parameters']:,} weights")
+
+
+def without_timm() -> None:
+    """torchscale takes one function of timm, for stochastic depth, which is off here; timm itself needs torchvision."""
+    for name in ("timm", "timm.models", "timm.models.layers"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["timm.models.layers"].drop_path = None  # type: ignore[attr-defined]
 
 
 def run_worker(command: Sequence[str], timeout: float = 1800.0) -> dict[str, Any]:

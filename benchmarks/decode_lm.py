@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from train_step_lm import GATE, PACKAGES, SYSTEMS, TINY, Size, same_size
+from train_step_lm import GATE, PACKAGES, SYSTEMS, TINY, Size
 
-from common import WorkerError, duel, provenance, run_worker, say, store
+from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store
 
 PAIRS = [
     ("ours-attention", "loop"), ("ours-attention", "llama"), ("ours-retention", "torchscale"),
@@ -206,16 +206,12 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Worker or study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", choices=WORKERS, help="run one system in this process")
+    parser = options(__doc__, WORKERS, "decode_lm")
     parser.add_argument("--contexts", default="", help="separated by commas; default: 128,512,2048,8192")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--peers", default="", help="only these peers, separated by commas")
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
-    parser.add_argument("--name", default="decode_lm", help="of the stored result")
     arguments = parser.parse_args()
     arguments.contexts = arguments.contexts or ("32,64" if arguments.tiny else "128,512,2048,8192")
     longest = max(int(context) for context in arguments.contexts.split(","))

@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import WorkerError, duel, provenance, run_worker, say, store
+from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store, without_timm
 from trilemma import machine
 
 GATE = {"width": 512, "heads": 8, "length": 2048, "batch": 1}
@@ -80,9 +79,21 @@ def ours(size: Size, options: dict[str, Any]) -> System:
     return System(mixer, lambda x: mixer(x)[0], step)
 
 
+def cached(layer: nn.Module, config: Any, cache_name: str) -> System:
+    """A layer of Hugging Face's with its own cache, which it takes under `cache_name`."""
+    from transformers import DynamicCache
+
+    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
+        given = {cache_name: DynamicCache(config=config)}
+        layer(prompt, **given)
+        return lambda x: layer(x, **given)
+
+    return System(layer, layer, step)
+
+
 def transformers_mamba2(size: Size) -> System:
     """Hugging Face's Mamba2Mixer on its torch path, with its own cache."""
-    from transformers import DynamicCache, Mamba2Config
+    from transformers import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     head_dim = 64 if size.width >= 64 else size.width
@@ -91,21 +102,12 @@ def transformers_mamba2(size: Size) -> System:
         n_groups=1, num_hidden_layers=1,
     )  # fmt: skip
     mixer = Mamba2Mixer(config, layer_idx=0)
-
-    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
-        cache = DynamicCache(config=config)
-        mixer(prompt, cache_params=cache)
-        return lambda x: mixer(x, cache_params=cache)
-
-    return System(mixer, mixer, step)
+    return cached(mixer, config, "cache_params")
 
 
 def torchscale_retention(size: Size) -> System:
     """torchscale's retention: its chunkwise form (chunks of 512, its default) and its recurrent form."""
-    # one function of timm, for stochastic depth, which is off here; timm itself needs torchvision
-    for name in ("timm", "timm.models", "timm.models.layers"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["timm.models.layers"].drop_path = None  # type: ignore[attr-defined]
+    without_timm()
     from torchscale.architecture.config import RetNetConfig
     from torchscale.architecture.retnet import RetNetRelPos
     from torchscale.component.multiscale_retention import MultiScaleRetention
@@ -142,7 +144,7 @@ def torchscale_retention(size: Size) -> System:
 
 def transformers_gated_deltanet(size: Size) -> System:
     """Hugging Face's Qwen3NextGatedDeltaNet on its torch path, with its own cache, in the paper's widths."""
-    from transformers import DynamicCache, Qwen3NextConfig
+    from transformers import Qwen3NextConfig
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
     head_dim = 3 * size.width // (4 * size.heads)
@@ -152,34 +154,21 @@ def transformers_gated_deltanet(size: Size) -> System:
         layer_types=["linear_attention"],
     )  # fmt: skip
     layer = Qwen3NextGatedDeltaNet(config, 0)
-
-    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
-        cache = DynamicCache(config=config)
-        layer(prompt, cache_params=cache)
-        return lambda x: layer(x, cache_params=cache)
-
-    return System(layer, layer, step)
+    return cached(layer, config, "cache_params")
 
 
 def transformers_mamba(size: Size) -> System:
     """Hugging Face's MambaMixer on its torch path, with its own cache."""
-    from transformers import DynamicCache, MambaConfig
+    from transformers import MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     config = MambaConfig(hidden_size=size.width, num_hidden_layers=1, use_mambapy=False)
     layer = MambaMixer(config, layer_idx=0)
-
-    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
-        cache = DynamicCache(config=config)
-        layer(prompt, cache_params=cache)
-        return lambda x: layer(x, cache_params=cache)
-
-    return System(layer, layer, step)
+    return cached(layer, config, "cache_params")
 
 
 def transformers_kda(size: Size) -> System:
     """Hugging Face's KimiLinearDeltaAttention on its torch path, with its own cache."""
-    from transformers import DynamicCache
     from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
@@ -190,13 +179,7 @@ def transformers_kda(size: Size) -> System:
     layer = KimiLinearDeltaAttention(config, 0)
     for parameter in (layer.forget_gate.A_log, layer.forget_gate.dt_bias):  # left empty without its whole model
         nn.init.normal_(parameter, std=0.02)
-
-    def step(prompt: Tensor) -> Callable[[Tensor], Tensor]:
-        cache = DynamicCache(config=config)
-        layer(prompt, past_key_values=cache)
-        return lambda x: layer(x, past_key_values=cache)
-
-    return System(layer, layer, step)
+    return cached(layer, config, "past_key_values")
 
 
 def transformers_rglru(size: Size) -> System:
@@ -328,12 +311,6 @@ def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
     return {"benchmark": "mixers_speed", "size": asdict(size), "rows": rows, **provenance(PACKAGES)}
 
 
-def same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:
-    """Refuses to compare layers of different sizes."""
-    if abs(own["parameters"] / peer["parameters"] - 1) > 0.01:
-        raise WorkerError(f"sizes differ: ours {own['parameters']:,}, peer {peer['parameters']:,} weights")
-
-
 def table(result: dict[str, Any]) -> str:
     """The medians as a Markdown table; of the growth, time per token at the longer length over the shorter."""
     lines = ["| case | task | ours | peer | ratio |", "|---|---|---|---|---|"]
@@ -348,17 +325,13 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Worker or study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", choices=["ours", "peer"], help="run one system in this process")
+    parser = options(__doc__, ("ours", "peer"), "mixers_speed")
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--cases", default="", help="only these, separated by commas")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--length", type=int, help="of the sequences")
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
-    parser.add_argument("--name", default="mixers_speed", help="of the stored result")
     arguments = parser.parse_args()
     values = TINY if arguments.tiny else GATE
     size = Size(**{**values, "length": arguments.length or values["length"]})

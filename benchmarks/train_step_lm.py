@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import WorkerError, duel, provenance, run_worker, say, store
+from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store, without_timm
 
 # d_ff of the gated feed-forward layer, 8/3 d_model
 GATE = {"vocab_size": 8192, "d_model": 384, "d_ff": 1024, "num_layers": 6, "num_heads": 6, "length": 512, "batch": 8}
@@ -137,7 +136,7 @@ def litgpt(size: Size, compiled: bool, device: str) -> System:
 
 def torchscale(size: Size, compiled: bool, device: str) -> System:
     """torchscale's RetNet, in its parallel form (what it trains with by default)."""
-    _without_timm()
+    without_timm()
     from torchscale.architecture.config import RetNetConfig
     from torchscale.architecture.retnet import RetNetDecoder
 
@@ -179,13 +178,6 @@ def mamba2(size: Size, compiled: bool, device: str) -> System:
         return loss.detach()
 
     return model, step
-
-
-def _without_timm() -> None:
-    """torchscale takes one function of timm, for stochastic depth, which is off here; timm itself needs torchvision."""
-    for name in ("timm", "timm.models", "timm.models.layers"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["timm.models.layers"].drop_path = None  # type: ignore[attr-defined]
 
 
 SYSTEMS: dict[str, Callable[[Size, bool, str], System]] = {
@@ -273,13 +265,6 @@ def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
     return {"benchmark": "train_step_lm", "size": asdict(size), "duels": duels, **provenance(PACKAGES)}
 
 
-def same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:
-    """Refuses to compare models of different sizes."""
-    ratio = own["parameters"] / peer["parameters"]
-    if abs(ratio - 1) > 0.01:
-        raise WorkerError(f"sizes differ: ours {own['parameters']:,}, peer {peer['parameters']:,} weights")
-
-
 def table(result: dict[str, Any]) -> str:
     """The medians as a Markdown table."""
     lines = ["| ours | peer | mode | ours ms | peer ms | speed-up |", "|---|---|---|---|---|---|"]
@@ -294,16 +279,12 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Worker or study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", choices=SYSTEMS, help="run one system in this process")
+    parser = options(__doc__, SYSTEMS, "train_step_lm")
     parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--peers", default="", help="only these peers, separated by commas")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
-    parser.add_argument("--name", default="train_step_lm", help="of the stored result")
     arguments = parser.parse_args()
     size = Size(**(TINY if arguments.tiny else GATE))
     if arguments.worker:

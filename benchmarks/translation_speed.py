@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from common import provenance, run_worker, say, store
+from common import options, provenance, run_worker, say, store
 from trilemma.measure.memory import peak_memory_bytes
 
 PACKAGES = ("torch", "transformers", "ctranslate2", "trilemma")
@@ -269,17 +269,13 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Worker or study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", choices=SYSTEMS, help="run one system in this process")
+    parser = options(__doc__, SYSTEMS, "translation_speed", rounds=3)
     parser.add_argument("--case", default="1x1", help="of the worker")
     parser.add_argument("--folder", type=Path, help="of the worker: the model in all formats")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--cases", default=",".join(CASES), help="rows x beam, separated by commas")
     parser.add_argument("--sentences", type=int, help="translated by each process")
     parser.add_argument("--full", action="store_true", help="1,000 sentences")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
-    parser.add_argument("--name", default="translation_speed", help="of the stored result")
     arguments = parser.parse_args()
     values = asdict(TINY if arguments.tiny else GATE)
     size = Size(**{**values, "sentences": arguments.sentences or (1000 if arguments.full else values["sentences"])})
