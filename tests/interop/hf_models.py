@@ -89,8 +89,14 @@ _MAMBA = {**_IDS, "hidden_size": 32, "num_hidden_layers": 3}
 _MAMBA2 = {**_MAMBA, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
 
 
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+def _rope(theta: float, kind: str = "default", **scaling: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
+
+
+# With a base of 100, some pairs keep their speed, some are slowed down, some are in between.
+_SCALED = {"factor": 8.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {**_SCALED, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {**_SCALED, "original_max_position_embeddings": 32, "beta_fast": 4.0, "truncate": False}
 
 
 CASES = {
@@ -99,6 +105,10 @@ CASES = {
         "LlamaForCausalLM",
         transformers.LlamaConfig,
         {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-3.1": Case("LlamaForCausalLM", transformers.LlamaConfig, {**_LLAMA, **_rope(100.0, "llama3", **_LLAMA3)}),
+    "llama-linear": Case(
+        "LlamaForCausalLM", transformers.LlamaConfig, {**_LLAMA, **_rope(100.0, "linear", factor=4.0)}
     ),
     "mistral": Case("MistralForCausalLM", transformers.MistralConfig, {**_LLAMA, "sliding_window": 5}),
     "qwen2": Case(
@@ -145,6 +155,7 @@ CASES = {
     "mamba2-tied": Case(
         "Mamba2ForCausalLM", transformers.Mamba2Config, {**_MAMBA2, "n_groups": 1, "tie_word_embeddings": True}
     ),
+    "qwen3-yarn": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, **_rope(100.0, "yarn", **_YARN)}),
     "qwen3": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, "head_dim": 16, **_rope(1e6)}),
 }
 

@@ -118,6 +118,12 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "encoder": ("encoder-decoder", "attention", {"encoder_mixer": "gru"}, 'encoder: mixer "bidirectional"'),
     "window": ("decoder-only", {"name": "attention", "window": 3}, {}, "decoder: attention with window"),
     "qk_norm": ("decoder-only", {"name": "attention", "qk_norm": True}, {}, "decoder: attention with qk_norm"),
+    "scaling": (
+        "decoder-only",
+        {**ROTARY, "rotary_scaling": {"kind": "linear", "factor": 2.0}},
+        {"positions": "none"},
+        "decoder: attention with rotary_scaling",
+    ),
     "alibi": ("decoder-only", {"name": "attention", "position": "alibi"}, {}, 'attention with position "alibi"'),
     "layers": ("decoder-only", ["attention", ROTARY], {}, "decoder: layers whose attention differs"),
     "both": ("decoder-only", ROTARY, {}, "model.positions: sinusoidal beside rotary attention"),

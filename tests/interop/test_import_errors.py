@@ -41,8 +41,7 @@ def copy(originals: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 BAD_KEYS = [
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 'rope_parameters: rope_type "llama3"'),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling: rope_type "linear" cannot'),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, 'rope_parameters: rope_type "dynamic"'),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 or None can be honoured"),
     ("llama", {"hidden_act": "relu6"}, 'hidden_act is "relu6"; only silu, swish'),
     ("llama", {"auto_map": {"AutoModel": "code.py"}}, 'the key "auto_map" .* is not known for this family'),

@@ -205,7 +205,8 @@ def _shape(stack: Stack, where: str) -> Shape:
 def _attention_shape(mixer: Attention, where: str) -> Shape:
     if mixer.position not in ("none", "rotary"):
         _refuse(f'{where}: attention with position "{mixer.position}"; it gets none or rotary')
-    for option, value in (("window", mixer.window), ("qk_norm", mixer.query_norm)):
+    unknown = {"window": mixer.window, "qk_norm": mixer.query_norm, "rotary_scaling": mixer.rotary_scaling}
+    for option, value in unknown.items():
         if value is not None:
             _refuse(f"{where}: attention with {option}")
     rotary = mixer.position == "rotary"

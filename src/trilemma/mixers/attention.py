@@ -21,7 +21,15 @@ from trilemma.errors import ConfigError, LengthError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KeyValues, KVCache, RingCache
 from trilemma.nn.norms import RMSNorm
-from trilemma.nn.positions import alibi_slopes, rotate, rotation_frequencies, t5_buckets, xpos_scale
+from trilemma.nn.positions import (
+    RotaryScaling,
+    alibi_slopes,
+    rotate,
+    rotation_frequencies,
+    scaled_frequencies,
+    t5_buckets,
+    xpos_scale,
+)
 from trilemma.ops.attention import ATTEND, attend, attention_mask
 from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, call_positions, check_prefix
@@ -45,6 +53,8 @@ class Attention(Mixer):
         position: none, rotary, xpos, alibi or t5 (a bias learned by this layer) or t5-shared (one owned by the stack).
         rotary_base: of rotary and xpos.
         rotary_interleaved: pairs of neighbours; False: the halves, as Llama's weights have it.
+        rotary_scaling: slower rotations for longer texts: a mapping with kind (linear, llama3 or yarn), factor,
+            original_length and what else `RotaryScaling` has; None: none.
         xpos_base: distance over which xPos decays by one power of zeta.
         qk_norm: RMS-normalises queries and keys per head.
         scale: of the scores; None: 1 / sqrt(head_dim). T5 uses 1.
@@ -64,6 +74,7 @@ class Attention(Mixer):
         position: Literal["none", "rotary", "xpos", "alibi", "t5", "t5-shared"] = "none",
         rotary_base: float = 10000.0,
         rotary_interleaved: bool = True,
+        rotary_scaling: RotaryScaling | None = None,
         xpos_base: float = 512.0,
         qk_norm: bool = False,
         scale: float | None = None,
@@ -78,6 +89,7 @@ class Attention(Mixer):
         self.window = window
         self.position = position
         self.rotary_base, self.rotary_interleaved, self.xpos_base = rotary_base, rotary_interleaved, xpos_base
+        self.rotary_scaling = rotary_scaling
         self.scale = scale
         self._check()
         inner = self.num_heads * self.head_dim
@@ -102,6 +114,10 @@ class Attention(Mixer):
             )
         if self.position in ("rotary", "xpos") and self.head_dim % 2:
             raise ConfigError(f"attention: {self.position} needs an even head_dim, found {self.head_dim}")
+        if self.rotary_scaling is not None and self.position != "rotary":
+            raise ConfigError(f'attention: rotary_scaling belongs to position rotary, found "{self.position}"')
+        if self.rotary_scaling is not None and self.rotary_base <= 1:
+            raise ConfigError(f"attention: rotary_scaling needs a rotary_base above 1, found {self.rotary_base}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"attention: window must be at least 1, found {self.window}")
 
@@ -123,6 +139,7 @@ class Attention(Mixer):
             {"causal": False, "position": "rotary", "num_kv_heads": 2},
             {"causal": False, "position": "t5", "window": 4},
             {"causal": False, "position": "alibi"},
+            {"position": "rotary", "rotary_scaling": {"kind": "yarn", "factor": 4.0, "original_length": 50}},
         ]
 
     @classmethod
@@ -179,10 +196,11 @@ class Attention(Mixer):
             matched = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=1)
         if self.position in ("rotary", "xpos"):
             precise = torch.promote_types(matched.dtype, torch.float32)
-            frequencies = rotation_frequencies(self.head_dim, self.rotary_base, False, matched.device, precise)
-            angles = positions[..., None].to(precise) * frequencies
+            angles = positions[..., None].to(precise) * self._frequencies(matched.device, precise)
             if self.position == "rotary":
                 matched = rotate(matched, angles, self.rotary_interleaved)
+                if self.rotary_scaling is not None and self.rotary_scaling.size != 1:
+                    matched = matched * self.rotary_scaling.size
             else:
                 _check_xpos(positions, self.xpos_base)
                 scales = (xpos_scale(positions, self.head_dim, self.xpos_base, sign, precise) for sign in (1, -1))
@@ -190,6 +208,12 @@ class Attention(Mixer):
                 matched = torch.cat([rotate(part, angles, self.rotary_interleaved, to) for part, to in parts], dim=1)
         queries, keys = matched.split(counts, dim=1)
         return queries, keys
+
+    def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[D / 2] radians per position."""
+        if self.rotary_scaling is None:
+            return rotation_frequencies(self.head_dim, self.rotary_base, False, device, dtype)
+        return scaled_frequencies(self.head_dim, self.rotary_base, self.rotary_scaling, device, dtype)
 
     def _attend_call(
         self,

@@ -6,10 +6,13 @@ Legend: B batch (or 1), L length, K keys, D dimension, H heads.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from trilemma.errors import ConfigError
 from trilemma.nn.constants import kept
 
 
@@ -48,6 +51,80 @@ def rotation_frequencies(dim: int, base: float, end_point: bool, device: torch.d
     steps = torch.arange(half, device=device, dtype=dtype)
     exponent = steps / max(half - 1, 1) if end_point else steps / half
     return torch.exp(-math.log(base) * exponent)
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Slower rotations, so that a model reads further than the length that it was first trained on.
+
+    A pair that turns f radians a token turns s f + (1 - s) f / factor instead. `linear`: s = 0 (arXiv 2306.15595).
+    The others keep pairs that turn often within `original_length` and slow down those that turn seldom; in between s
+    grows evenly, with `llama3` by the number of turns (Llama 3.1's published code), with `yarn` by the pair's index
+    (arXiv 2309.00071, section 3.2).
+
+    Attributes:
+        kind: linear, llama3 or yarn.
+        factor: 1 or more.
+        original_length: in tokens; needed by llama3 and yarn.
+        low: turns within original_length up to which a pair is slowed down by the whole factor.
+        high: turns from which it keeps its speed; None: 4 with llama3, 32 with yarn.
+        rounded: yarn's borders are moved outward to whole pairs.
+        magnitude: yarn's factor of rotated queries and keys; None: 1 + 0.1 ln factor (section 3.4).
+
+    Raises:
+        ConfigError: values that do not go together.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - what reads it from a configuration drops no key
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_length: int | None = None
+    low: float = 1.0
+    high: float | None = None
+    rounded: bool = True
+    magnitude: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ConfigError(f"rotary_scaling: factor must be a number of at least 1, found {self.factor}")
+        if self.kind != "linear" and (self.original_length is None or self.original_length < 1):
+            raise ConfigError(f"rotary_scaling: {self.kind} needs an original_length, found {self.original_length}")
+        if not 0 < self.low < self.turns_kept:
+            raise ConfigError(f"rotary_scaling: 0 < low < high is needed, found {self.low} and {self.turns_kept}")
+
+    @property
+    def turns_kept(self) -> float:
+        """`high`, or what it is by default."""
+        return self.high or (32.0 if self.kind == "yarn" else 4.0)
+
+    @property
+    def size(self) -> float:
+        """The factor of rotated queries and keys."""
+        if self.kind != "yarn":
+            return 1.0
+        return 1 + 0.1 * math.log(self.factor) if self.magnitude is None else self.magnitude
+
+
+@kept
+def scaled_frequencies(
+    dim: int, base: float, scaling: RotaryScaling, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """[dim / 2] radians per position of a scaled rotation."""
+    frequencies = rotation_frequencies(dim, base, False, device, dtype)
+    length, low, high = scaling.original_length or 1, scaling.low, scaling.turns_kept
+    if scaling.kind == "linear":
+        share = torch.zeros_like(frequencies)
+    elif scaling.kind == "llama3":
+        share = (frequencies * (length / (2 * math.pi)) - low) / (high - low)
+    else:  # the (fractional) pairs that turn so often
+        first, last = (dim / 2 * math.log(length / (2 * math.pi * turns)) / math.log(base) for turns in (high, low))
+        if scaling.rounded:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        share = 1 - (torch.arange(dim // 2, device=device, dtype=dtype) - first) / max(last - first, 1e-3)
+    share = share.clamp(0, 1)
+    return share * frequencies + (1 - share) * frequencies / scaling.factor
 
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool = True, scale: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from trilemma.config import MixerSpec, ModelConfig, RunConfig
 from trilemma.errors import CapabilityError, ConfigError
 from trilemma.interop.families.base import GATED_ACTIVATIONS, Blueprint, Family, named, require
+from trilemma.interop.families.rotary import read_rotary, write_rotary
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import LeftOut, Rule, Weight, Zeros
 from trilemma.mixers.attention import Attention
@@ -33,14 +34,15 @@ def _read(keys: Keys) -> Blueprint:
     epsilon = keys.take("rms_norm_eps", 1e-6)
     if qk_norm and epsilon != _QK_EPSILON:
         raise ConfigError(f"{keys.where}: rms_norm_eps is {epsilon}; with query and key norms only 1e-06 is honoured")
-    base = _rotary_base(keys)
+    keys.skip("is_llama_config")
+    max_length = keys.size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768))
     common: dict[str, Any] = {
         "name": "attention",
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "position": "rotary",
-        "rotary_base": base,
         "rotary_interleaved": False,
+        **read_rotary(keys, max_length),
         "qk_norm": qk_norm,
         "bias": bias,
     }
@@ -59,32 +61,12 @@ def _read(keys: Keys) -> Blueprint:
         activation=keys.choose("hidden_act", GATED_ACTIVATIONS, "silu"),
         bias=keys.take("mlp_bias", False) if kind == "llama" else False,
         positions="none",
-        max_length=keys.size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
+        max_length=max_length,
         embedding_scale=False,
         tie_embeddings=keys.take("tie_word_embeddings", False),
         dropout=0.0,
     )
     return Blueprint(model, "language-model", _rules(model, head_dim, kv_heads, bias, kind), prefix="model.")
-
-
-def _rotary_base(keys: Keys) -> float:
-    """From `rope_parameters`, or from the older `rope_theta` beside `rope_scaling`."""
-    keys.only("partial_rotary_factor", 1.0, None)
-    keys.only("rope_interleaved", False)
-    keys.only("use_mrope", False)
-    keys.skip("is_llama_config")
-    parameters: dict[str, Any] = dict(keys.take("rope_parameters", {}))
-    scaling: dict[str, Any] = dict(keys.take("rope_scaling", {}))
-    theta = parameters.pop("rope_theta", keys.take("rope_theta", 10000.0))
-    if not isinstance(theta, (int, float)) or theta <= 0:
-        raise ConfigError(f"{keys.where}: rope_theta: a number above 0 is needed, found {theta!r}")
-    for name, found in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        kind = found.get("rope_type", found.get("type", "default"))
-        partial = found.get("partial_rotary_factor", 1.0)
-        if kind != "default" or partial != 1.0:
-            shown = f"partial_rotary_factor {partial}" if kind == "default" else f'rope_type "{kind}"'
-            raise ConfigError(f"{keys.where}: {name}: {shown} cannot be honoured; only whole, unscaled rotations can")
-    return float(theta)
 
 
 def _windows(keys: Keys, kind: str, layers: int) -> list[int | None]:
@@ -157,6 +139,8 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     for mixer in mixers:
         if mixer.position != "rotary" or mixer.scale is not None:
             raise CapabilityError(f"{family}: attention needs position rotary, and no scale of its own")
+    if len({(mixer.rotary_base, mixer.rotary_scaling) for mixer in mixers}) > 1:
+        raise CapabilityError(f"{family}: all layers must have the same rotations")
     windows = [mixer.window for mixer in mixers]
     if len(sizes := {window for window in windows if window}) > 1:
         raise CapabilityError(f"{family}: all windows must have one size, found {sorted(sizes)}")
@@ -172,8 +156,7 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
         "hidden_act": named(GATED_ACTIVATIONS, config.activation, family),
         "max_position_embeddings": config.max_length or run.data.context_length,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": first.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": first.rotary_base},
+        **write_rotary(first),
         "tie_word_embeddings": config.tie_embeddings,
     }
     more: dict[str, Any] = {}

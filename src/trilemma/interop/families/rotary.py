@@ -1,0 +1,109 @@
+"""Rotations in config.json: `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from trilemma.errors import ConfigError
+from trilemma.interop.keys import Keys
+from trilemma.mixers.attention import Attention
+from trilemma.nn.positions import RotaryScaling
+
+_ORIGINAL = "original_max_position_embeddings"
+# Keys of each type beside its name, the base and the rotated share.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", _ORIGINAL, "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+def read_rotary(keys: Keys, max_length: int) -> dict[str, Any]:
+    """The options of `attention` that a config.json's rotations come to.
+
+    Args:
+        keys: the file. max_length: its max_position_embeddings.
+
+    Raises:
+        ConfigError: rotations of another type, or with a key or value that cannot be honoured.
+    """
+    keys.only("rope_interleaved", False)
+    keys.only("use_mrope", False)
+    new: dict[str, Any] = dict(keys.take("rope_parameters", {}))
+    old: dict[str, Any] = dict(keys.take("rope_scaling", {}))
+    if new and old and new != old:
+        raise ConfigError(f"{keys.where}: rope_parameters and rope_scaling say different things; keep one of them")
+    section = "rope_scaling" if old else "rope_parameters"
+    found = Keys(old or new, f"{keys.where}: {section}")
+    kind = found.take("rope_type", found.take("type", "default"))
+    theta = found.values.get("rope_theta", keys.take("rope_theta", 10000.0))
+    if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+        raise ConfigError(f"{keys.where}: rope_theta: a number above 0 is needed, found {theta!r}")
+    for holder in (keys, found):
+        holder.only("partial_rotary_factor", 1.0, None)
+    if kind in _BY_LENGTH:
+        raise ConfigError(
+            f'{found.where}: rope_type "{kind}" cannot be honoured: it turns every token by an angle that depends on '
+            "how long the text has become, so that tokens read earlier would have to be turned anew"
+        )
+    if kind not in _KEYS:
+        raise ConfigError(f'{found.where}: rope_type "{kind}" cannot be honoured; only {", ".join(_KEYS)} can')
+    for name in found.values:
+        if name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):
+            raise ConfigError(f'{found.where}: the key "{name}" is not known for rope_type "{kind}"')
+    scaling = _scaling(found, kind, max_length)
+    if scaling is not None:
+        try:
+            RotaryScaling(**scaling)
+        except ConfigError as error:
+            raise ConfigError(f"{found.where}: {error}") from None
+    return {"rotary_base": float(theta), "rotary_scaling": scaling}
+
+
+def _scaling(found: Keys, kind: str, max_length: int) -> dict[str, Any] | None:
+    """Our `RotaryScaling`."""
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return {"kind": kind, "factor": found.need("factor", float)}
+    original = found.size(_ORIGINAL, max_length)
+    common = {"kind": kind, "original_length": original}
+    if kind == "llama3":
+        low, high = found.need("low_freq_factor", float), found.need("high_freq_factor", float)
+        return {**common, "factor": found.need("factor", float), "low": low, "high": high}
+    factor = found.take("factor", max_length / original)
+    magnitude = found.maybe("attention_factor", float)
+    scales = found.take("mscale", 0.0), found.take("mscale_all_dim", 0.0)
+    if magnitude is None and all(scales):
+        above, below = (1 + 0.1 * scale * math.log(max(factor, 1.0)) for scale in scales)
+        magnitude = above / below
+    return {
+        **common,
+        "factor": factor,
+        "low": found.take("beta_slow", 0.0) or 1.0,  # 0 counts as absent there
+        "high": found.take("beta_fast", 0.0) or 32.0,
+        "rounded": found.take("truncate", True),
+        "magnitude": magnitude,
+    }
+
+
+def write_rotary(mixer: Attention) -> dict[str, Any]:
+    """The keys of config.json for the rotations of a mixer."""
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": mixer.rotary_base}
+    scaling = mixer.rotary_scaling
+    if scaling is not None:
+        parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind != "linear":
+            parameters[_ORIGINAL] = scaling.original_length
+        if scaling.kind == "llama3":
+            parameters |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.turns_kept}
+        if scaling.kind == "yarn":
+            parameters |= {"beta_slow": scaling.low, "beta_fast": scaling.turns_kept, "truncate": scaling.rounded}
+            parameters["attention_factor"] = scaling.size
+    return {"rope_theta": mixer.rotary_base, "rope_parameters": parameters}
