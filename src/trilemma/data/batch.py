@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilemma.data.order import integers, uniform
-from trilemma.data.plan import even
+from trilemma.data.plan import as_padded
 from trilemma.data.tokenizer import Tokenizer
 
 IGNORE = -100
@@ -65,9 +65,9 @@ class Batch:
 
 
 def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:
-    """Right-padded [batch, longest, rounded up to an even number] and the lengths [batch]."""
+    """Right-padded [batch, longest `as_padded`] and the lengths [batch]."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    padded = np.full((len(rows), int(even(lengths.max(initial=0)))), value, dtype=np.int64)
+    padded = np.full((len(rows), int(as_padded(lengths.max(initial=0)))), value, dtype=np.int64)
     valid = np.arange(padded.shape[1]) < lengths[:, None]
     padded[valid] = np.concatenate(rows) if len(rows) else 0
     return torch.from_numpy(padded), torch.from_numpy(lengths)

@@ -23,7 +23,7 @@ from trilemma.config import ModelConfig, RunConfig
 from trilemma.data import IGNORE
 from trilemma.data.dataset import check_layout
 from trilemma.data.generated import DEFAULT_SIZES
-from trilemma.data.plan import even, whole_rows
+from trilemma.data.plan import as_padded, whole_rows
 from trilemma.data.probes import Probe
 from trilemma.data.probes.prepare import probes_of
 from trilemma.data.tokenizer import SPECIALS
@@ -335,13 +335,14 @@ def _probe_rows(config: RunConfig, assumptions: list[str]) -> Rows:
             f"data.max_source_length: {data.max_source_length} is below a row of {max(lengths)} tokens: raise it"
         )
     lengths_used, weights = np.array(lengths)[used], np.array(shares)[used]
-    padded = even(lengths_used)
+    padded = as_padded(lengths_used)
     if (longest := int(lengths_used.max())) > budget:
         raise ConfigError(f"training.batch_tokens: {budget} is below one row of {longest} tokens")
     fitting = np.array([max(1, whole_rows(budget // int(size))) for size in padded])
     batches = max(1.0, float((weights / fitting).sum()))  # of an epoch
-    rows = max(1, round(float(weights.sum()) / batches))
-    length = max(1, round(float((weights * padded).sum()) / batches / rows))
+    tokens = float((weights * padded).sum())
+    length = max(1, round(tokens / float(weights.sum())))
+    rows = max(1, round(tokens / batches / length))
     targets = float((weights * np.array(labels)[used]).sum()) / batches / rows
     assumptions.append(f"rows of {length} tokens, {targets:.3g} of them scored: the mean of {len(padded):,} rows drawn")
     return Rows(rows, length, 0, targets)
