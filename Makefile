@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 
-.PHONY: demo install install-dev test fast lint types layers laws peers build clean
+.PHONY: demo install install-dev test fast lint types layers laws peers bench build clean
 .DEFAULT_GOAL := test
 
 # --- install: a stamp per level, so that a second `make` starts at once --------------------------------------------------------
@@ -60,7 +60,12 @@ laws: install-dev
 	TRILEMMA_LAWS=full $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m laws
 
 peers: install
+	$(PIP) install -c constraints.txt -e '.[peers]'
 	$(PIP) install --no-deps -c constraints.txt -r benchmarks/peers.txt
+
+# every benchmark, hours on two cores; BENCH="--tiny" or BENCH="--only train_step_lm" for less
+bench: peers
+	$(BIN)/python -m benchmarks $(BENCH)
 
 build: install-dev
 	$(PIP) wheel --no-deps -w dist .

@@ -15,11 +15,11 @@ import shlex
 import statistics
 import subprocess
 import sys
-import types
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 from trilemma import machine
 
@@ -50,11 +50,14 @@ def same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:
         raise WorkerError(f"sizes differ: ours {own['parameters']:,}, peer {peer['parameters']:,} weights")
 
 
+def stand_in(*names: str) -> None:
+    """Empty modules for what a peer imports and the measured path never calls; only in the process of that peer."""
+    sys.modules.update({name: MagicMock() for name in names})
+
+
 def without_timm() -> None:
     """torchscale takes one function of timm, for stochastic depth, which is off here; timm itself needs torchvision."""
-    for name in ("timm", "timm.models", "timm.models.layers"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["timm.models.layers"].drop_path = None  # type: ignore[attr-defined]
+    stand_in("timm", "timm.models", "timm.models.layers")
 
 
 def run_worker(command: Sequence[str], timeout: float = 1800.0) -> dict[str, Any]:

@@ -5,27 +5,22 @@
     python benchmarks/train_step_lm.py --worker ours-attention --mode eager     # one process
 
 Every system trains the same shape on the same random tokens: vocabulary 8,192, d_model 384, 6 layers, 6 heads, length
-512, batch 8, bf16 autocast over float32 weights, gradient clipping, fused AdamW. A step is: forward, loss, backward,
-clip, optimizer, gradients dropped. Attention is compared with attention, retention with retention, Mamba-2 with
-Mamba-2; the numbers of weights must agree within 1 %. Each system is called as its users call it; ours as `trilemma
-train` does.
+512, batch 8; how a step is timed: train_step.py. Attention is compared with attention, retention with retention,
+Mamba-2 with Mamba-2; the numbers of weights must agree within 1 %. Each system is called as its users call it; ours as
+`trilemma train` does.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from train_step import Benchmark, System, autocast, main
 
-from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store, without_timm
+from common import without_timm
 
 # d_ff of the gated feed-forward layer, 8/3 d_model
 GATE = {"vocab_size": 8192, "d_model": 384, "d_ff": 1024, "num_layers": 6, "num_heads": 6, "length": 512, "batch": 8}
@@ -52,11 +47,6 @@ class Size:
     num_heads: int
     length: int
     batch: int
-
-
-# A system: its module, and a function that runs forward, loss and backward and returns the loss.
-Step = Callable[[Tensor, Tensor], Tensor]
-System = tuple[nn.Module, Step]
 
 
 def ours(size: Size, mixer: dict[str, Any], compiled: bool, device: str, **options: Any) -> System:
@@ -195,106 +185,25 @@ SYSTEMS: dict[str, Callable[[Size, bool, str], System]] = {
 }
 
 
-def autocast(device: str) -> torch.autocast:
-    """bf16 over float32 weights."""
-    return torch.autocast(device, dtype=torch.bfloat16)
+def batch(size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random tokens and, shifted by one, their labels."""
+    stream = torch.randint(0, size.vocab_size, (size.batch, size.length + 1), generator=generator)
+    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
-def work(name: str, mode: str, size: Size, steps: int, warm_up: int) -> dict[str, Any]:
-    """One process: builds the system, trains it, and times whole steps."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model, step = SYSTEMS[name](size, mode == "compiled", device)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(1)
-    stream = torch.randint(0, size.vocab_size, (size.batch, size.length + 1), generator=generator).to(device)
-    tokens, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
-    times, losses = [], []
-    for _ in range(warm_up + steps):
-        start = time.perf_counter()
-        losses.append(step(tokens, labels))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    first, last = float(losses[0]), float(losses[-1])
-    # it really trains: random weights start near ln(vocabulary), and the same batch again is learned
-    assert last < first, f"{name}: the loss went from {first:.3f} to {last:.3f}"
-    seconds = statistics.median(times[warm_up:])
-    return {
-        "system": name,
-        "mode": mode,
-        "step_ms": seconds * 1e3,
-        "tokens_per_second": size.batch * size.length / seconds,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "first_loss": first,
-        "last_loss": last,
-        "first_step_s": times[0],
-        "threads": torch.get_num_threads(),
-    }
-
-
-def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
-    """All pairs, eager against eager and compiled against compiled."""
-    base = [sys.executable, __file__, "--steps", str(arguments.steps), "--warm-up", str(arguments.warm_up)]
-    base += ["--tiny"] if arguments.tiny else []
-    duels = []
-    for mode in arguments.modes.split(","):
-        for own, peer in PAIRS:
-            if arguments.peers and peer not in arguments.peers.split(","):
-                continue
-            say(f"{own} against {peer}, {mode}")
-            commands = [[*base, "--worker", name, "--mode", mode] for name in (own, peer)]
-            try:
-                same_size(*(run_worker([*command, "--steps", "1", "--warm-up", "1"]) for command in commands))
-                result = duel(commands[0], commands[1], "step_ms", arguments.rounds)
-            except WorkerError as error:
-                say(f"  not measured: {error}")
-                result = {"speedup": None, "reason": str(error)}
-            duels.append(
-                {
-                    "ours": own,
-                    "peer": peer,
-                    "mode": mode,
-                    **{f"{k}_runs" if k in ("ours", "peer") else k: v for k, v in result.items()},
-                }
-            )
-    return {"benchmark": "train_step_lm", "size": asdict(size), "duels": duels, **provenance(PACKAGES)}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The medians as a Markdown table."""
-    lines = ["| ours | peer | mode | ours ms | peer ms | speed-up |", "|---|---|---|---|---|---|"]
-    for item in result["duels"]:
-        if item["speedup"] is None:
-            numbers = f"- | - | not measured: {item['reason'].splitlines()[0]}"
-        else:
-            numbers = f"{item['ours_median']:.1f} | {item['peer_median']:.1f} | {item['speedup']:.2f}x"
-        lines.append(f"| {item['ours']} | {item['peer']} | {item['mode']} | {numbers} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Worker or study."""
-    parser = options(__doc__, SYSTEMS, "train_step_lm")
-    parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
-    parser.add_argument("--modes", default="eager,compiled")
-    parser.add_argument("--peers", default="", help="only these peers, separated by commas")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warm-up", type=int, default=2)
-    arguments = parser.parse_args()
-    size = Size(**(TINY if arguments.tiny else GATE))
-    if arguments.worker:
-        print(json.dumps(work(arguments.worker, arguments.mode, size, arguments.steps, arguments.warm_up)))
-        return
-    result = study(arguments, size)
-    print(table(result))
-    if not arguments.tiny:
-        store(arguments.name, result)
-
+BENCHMARK = Benchmark(
+    name="train_step_lm",
+    script=__file__,
+    description=__doc__,
+    gate=Size(**GATE),
+    tiny=Size(**TINY),
+    systems=SYSTEMS,
+    pairs=PAIRS,
+    batch=batch,
+    tokens=lambda size: size.batch * size.length,
+    flops=lambda model, size: size.batch * model.flops(size.length),
+    packages=PACKAGES,
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)
