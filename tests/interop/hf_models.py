@@ -99,6 +99,18 @@ _LLAMA3 = {**_SCALED, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {**_SCALED, "original_max_position_embeddings": 32, "beta_fast": 4.0, "truncate": False}
 
 
+_NEXT = {
+    **_LLAMA,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "num_experts": 0,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
 CASES = {
     "llama": Case("LlamaForCausalLM", transformers.LlamaConfig, {**_LLAMA, **_rope(5000.0), "rms_norm_eps": 1e-5}),
     "llama-tied-biased": Case(
@@ -154,6 +166,21 @@ CASES = {
     "mamba2": Case("Mamba2ForCausalLM", transformers.Mamba2Config, _MAMBA2),
     "mamba2-tied": Case(
         "Mamba2ForCausalLM", transformers.Mamba2Config, {**_MAMBA2, "n_groups": 1, "tie_word_embeddings": True}
+    ),
+    "qwen3-next": Case("Qwen3NextForCausalLM", transformers.Qwen3NextConfig, {**_NEXT, **_rope(50.0)}),
+    "qwen3-next-biased": Case(
+        "Qwen3NextForCausalLM",
+        transformers.Qwen3NextConfig,
+        {
+            **_NEXT,
+            **_rope(100.0, "llama3", **_LLAMA3, partial_rotary_factor=0.5),
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "linear_conv_kernel_dim": 2,
+            "layer_types": ["full_attention", "linear_attention"] * 2,
+            "num_experts": 4,
+            "mlp_only_layers": [0, 1, 2, 3],
+        },
     ),
     "qwen3-yarn": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, **_rope(100.0, "yarn", **_YARN)}),
     "qwen3": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, "head_dim": 16, **_rope(1e6)}),

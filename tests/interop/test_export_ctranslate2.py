@@ -118,6 +118,8 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "encoder": ("encoder-decoder", "attention", {"encoder_mixer": "gru"}, 'encoder: mixer "bidirectional"'),
     "window": ("decoder-only", {"name": "attention", "window": 3}, {}, "decoder: attention with window"),
     "qk_norm": ("decoder-only", {"name": "attention", "qk_norm": True}, {}, "decoder: attention with qk_norm"),
+    "part": ("decoder-only", {**ROTARY, "rotary_dim": 4}, {"positions": "none"}, "decoder: attention with rotary_dim"),
+    "gate": ("decoder-only", {"name": "attention", "output_gate": True}, {}, "decoder: attention with output_gate"),
     "scaling": (
         "decoder-only",
         {**ROTARY, "rotary_scaling": {"kind": "linear", "factor": 2.0}},

@@ -54,6 +54,29 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
         },
         "language-model",
     ),
+    "Qwen3NextForCausalLM": (
+        {
+            "mixer": [
+                {"name": "gated_deltanet", "head_dim": 8, "epsilon": 1e-6},
+                {
+                    "name": "attention",
+                    "position": "rotary",
+                    "rotary_interleaved": False,
+                    "rotary_dim": 2,
+                    "qk_norm": True,
+                    "output_gate": True,
+                    "bias": False,
+                    "rotary_scaling": {"kind": "linear", "factor": 2.0},
+                },
+            ],
+            "norm": "rmsnorm",
+            "norm_epsilon": 1e-6,
+            "activation": "swiglu",
+            "bias": False,
+            "positions": "none",
+        },
+        "language-model",
+    ),
     "GPT2LMHeadModel": ({"positions": "learned", "max_length": 24, "activation": "gelu-tanh"}, "language-model"),
     "Mamba2ForCausalLM": (
         {"mixer": "mamba2", "norm": "rmsnorm", "feed_forward": False, "positions": "none"},
@@ -189,6 +212,40 @@ def test_windows_of_two_sizes_are_refused(tmp_path: Path) -> None:
     mixers = [{**settings["mixer"], "window": window} for window in (4, 12)]
     run = own_run(tmp_path / "run", {**settings, "mixer": mixers}, task)
     with pytest.raises(CapabilityError, match=r"llama: all windows must have one size, found \[4, 12\]"):
+        write(run, tmp_path, ExportOptions())
+
+
+def test_a_gate_and_parts_of_heads_have_no_place_elsewhere(tmp_path: Path) -> None:
+    """The families with plain attention refuse them by name; without deltanet, Qwen3-Next's is no place either."""
+    settings, task = OWN["Qwen3ForCausalLM"]
+    gated = {**settings["mixer"], "output_gate": True, "rotary_interleaved": False}
+    messages = {
+        "llama: attention needs position rotary for whole heads, no output_gate": {"mixer": gated},
+        "llama: attention needs position": {"mixer": {**settings["mixer"], "rotary_dim": 4}},
+        "qwen3_next: mixers must be gated_deltanet and attention": {"mixer": gated},
+        "qwen3_next: all attention layers must be alike": {
+            "mixer": [{**gated, "rotary_base": 50.0}, gated, {"name": "gated_deltanet", "epsilon": 1e-6}],
+            "num_layers": 3,
+        },
+        "qwen3_next: attention needs output_gate": {"mixer": [settings["mixer"], "gated_deltanet"]},
+        "qwen3_next: gated_deltanet needs epsilon 1e-06": {"mixer": [gated, "gated_deltanet"]},
+    }
+    for number, (message, changes) in enumerate(messages.items()):
+        run = own_run(tmp_path / str(number), {**settings, **changes}, task)
+        with pytest.raises(CapabilityError, match=message):
+            write(run, tmp_path, ExportOptions())
+    _, task = OWN["GPT2LMHeadModel"]
+    settings = {**OWN["GPT2LMHeadModel"][0], "mixer": {"name": "attention", "output_gate": True}}
+    with pytest.raises(CapabilityError, match="gpt2: every mixer must be attention"):
+        write(own_run(tmp_path / "gpt2", settings, task), tmp_path, ExportOptions())
+
+
+def test_layers_rotated_differently_are_refused(tmp_path: Path) -> None:
+    """Eight tokens would hardly show it."""
+    settings, task = OWN["LlamaForCausalLM"]
+    scaled = {**ROTARY, "rotary_scaling": {"kind": "llama3", "factor": 8.0, "original_length": 8192}}
+    run = own_run(tmp_path / "run", {**settings, "mixer": [ROTARY, scaled]}, task)
+    with pytest.raises(CapabilityError, match="llama: all layers must have the same rotations"):
         write(run, tmp_path, ExportOptions())
 
 

@@ -24,7 +24,7 @@ from trilemma.runs.load import load_run
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
-    for name in ("llama", "gpt2", "bert-classifier", "marian", "t5", "mamba2"):
+    for name in ("llama", "gpt2", "bert-classifier", "marian", "t5", "mamba2", "qwen3-next"):
         make(CASES[name], folder / name)
     return folder
 
@@ -61,6 +61,13 @@ BAD_KEYS = [
     ("t5", {"relative_attention_num_buckets": 16}, "relative_attention_num_buckets is 16; only 32"),
     ("t5", {"feed_forward_proj": "gated-relu"}, 'feed_forward_proj is "gated-relu"'),
     ("t5", {"architectures": ["T5EncoderModel"]}, "T5EncoderModel cannot be imported"),
+    ("qwen3-next", {"num_experts": 8}, "num_experts: layer 0 is a mixture of 8 experts .4 layers in all.*mlp_only"),
+    ("qwen3-next", {"num_experts": 8, "decoder_sparse_step": 3}, "layer 2 is a mixture of 8 experts .1 layers"),
+    ("qwen3-next", {"layer_types": ["sliding_attention"] * 4}, 'layer_types: "sliding_attention" cannot be honoured'),
+    ("qwen3-next", {"linear_value_head_dim": 12}, "linear_value_head_dim is 12; only multiples of the keys' 8 can"),
+    ("qwen3-next", {"linear_num_value_heads": 3}, "linear_num_value_heads is 3; only multiples of the keys' 2 can"),
+    ("qwen3-next", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; with query and key norms only 1e-06"),
+    ("qwen3-next", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "partial_rotary_factor is 0.2; an even number"),
     ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
     ("mamba2", {"num_heads": 4}, "num_heads \\* head_dim is 32, expand \\* hidden_size 64"),
 ]
@@ -106,6 +113,16 @@ PUBLISHED = {
     "bart": {"normalize_embedding": True, "force_bos_token_to_be_generated": True, "_num_labels": 3, "prefix": " "},
     "llama": {"rope_theta": 100000, "rope_scaling": None, "rope_interleaved": False, "pretraining_tp": 1},
     "qwen2": {"use_mrope": False, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24},
+    "qwen3_next": {
+        "rope_theta": 10000000,
+        "rope_scaling": None,
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(48)),
+        "num_experts": 512,
+        "norm_topk_prob": True,
+    },
     "mamba": {"d_inner": 1536, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True, "time_step_rank": 48},
     "mamba2": {"norm_before_gate": True, "time_step_limit": [0.0, float("inf")], "time_step_scale": 1.0},
 }
@@ -118,10 +135,14 @@ def test_published_files_are_understood(kind: str) -> None:
     assert importing.needed_shapes(blueprint)
 
 
+# Without them, a file of these types describes mixtures of experts, which are refused.
+DENSE = {"qwen3_next": {"num_experts": 0}}
+
+
 def test_every_family_refuses_an_unknown_key() -> None:
     for kind in (kind for family in FAMILIES for kind in family.model_types):
         with pytest.raises(ConfigError, match='"surprise"'):
-            importing.understand({"model_type": kind, "surprise": 1}, "config.json")
+            importing.understand({"model_type": kind, "surprise": 1, **DENSE.get(kind, {})}, "config.json")
 
 
 def remove(name: str) -> Callable[[Path], None]:

@@ -1,22 +1,25 @@
-"""Attention against what others wrote: torch.nn.MultiheadAttention and transformers' Llama, Qwen3, T5 and Bloom."""
+"""Attention against what others wrote: torch.nn.MultiheadAttention and transformers' Llama, Qwens, T5 and Bloom."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, Qwen3Config, T5Config
+from transformers import LlamaConfig, Qwen3Config, Qwen3NextConfig, T5Config
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotate
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from trilemma.errors import ConfigError
 from trilemma.mixers.attention import Attention
 from trilemma.mixers.cross_attention import CrossAttention
-from trilemma.nn.positions import alibi_slopes, rotate, t5_buckets, xpos_scale
+from trilemma.nn.positions import RotaryScaling, alibi_slopes, rotate, t5_buckets, xpos_scale
 from trilemma.ragged import Ragged
 
 ROWS, LENGTH, D_MODEL, HEADS = 3, 11, 24, 4
@@ -166,6 +169,58 @@ def test_normalised_queries_and_keys_are_qwens(agrees: Callable[..., None]) -> N
     want, _ = oracle(x, position_embeddings=positions, attention_mask=causal_mask()[None, None])
     qwens = "transformers Qwen3Attention"
     agrees("attention", "layer with normalised queries and keys", mixer(x)[0], want, oracle=qwens, share=1e-5)
+
+
+def test_gated_half_rotated_attention_is_qwen3_nexts(agrees: Callable[..., None]) -> None:
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
+    config = Qwen3NextConfig(
+        hidden_size=D_MODEL,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 100.0, "partial_rotary_factor": 0.5, **scaling},
+        attn_implementation="eager",
+    )
+    oracle = Qwen3NextAttention(config, layer_idx=0).double()
+    randomised(oracle)
+    mixer = Attention(
+        D_MODEL,
+        num_heads=HEADS,
+        num_kv_heads=2,
+        head_dim=8,
+        position="rotary",
+        rotary_base=100.0,
+        rotary_interleaved=False,
+        rotary_dim=4,
+        rotary_scaling=RotaryScaling("yarn", 4.0, original_length=32, high=4.0),
+        qk_norm=True,
+        output_gate=True,
+        bias=False,
+    ).double()
+    queries, gate = (part.flatten(0, 1) for part in oracle.q_proj.weight.unflatten(0, (HEADS, 2, 8)).unbind(1))
+    mixer.load_state_dict(
+        {
+            "qkv.weight": torch.cat([queries, oracle.k_proj.weight, oracle.v_proj.weight, gate]),
+            "out.weight": oracle.o_proj.weight,
+            "query_norm.weight": 1 + oracle.q_norm.weight,
+            "key_norm.weight": 1 + oracle.k_norm.weight,
+        }
+    )
+    x = inputs()
+    positions = Qwen3NextRotaryEmbedding(config).double()(x, torch.arange(LENGTH)[None])
+    want, _ = oracle(x, position_embeddings=positions, attention_mask=causal_mask()[None, None])
+    what, qwens = "layer with a gate, half rotated, scaled by yarn", "transformers Qwen3NextAttention"
+    agrees("attention", what, mixer(x)[0], want, oracle=qwens, share=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rotary_dim": 3}, {"rotary_dim": 0}, {"rotary_dim": 8}, {"rotary_dim": 4, "position": "xpos"}],
+    ids=str,
+)
+def test_a_rotated_part_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="rotary_dim needs position rotary and an even number of a head's 6"):
+        Attention(D_MODEL, num_heads=HEADS, **{"position": "rotary", **options})
 
 
 def test_interleaved_rotation_is_gptjs() -> None:

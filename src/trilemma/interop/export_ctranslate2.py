@@ -205,9 +205,15 @@ def _shape(stack: Stack, where: str) -> Shape:
 def _attention_shape(mixer: Attention, where: str) -> Shape:
     if mixer.position not in ("none", "rotary"):
         _refuse(f'{where}: attention with position "{mixer.position}"; it gets none or rotary')
-    unknown = {"window": mixer.window, "qk_norm": mixer.query_norm, "rotary_scaling": mixer.rotary_scaling}
+    unknown = {
+        "window": mixer.window is not None,
+        "qk_norm": mixer.query_norm is not None,
+        "rotary_scaling": mixer.rotary_scaling is not None,
+        "rotary_dim": mixer.rotary_dim != mixer.head_dim,
+        "output_gate": mixer.gate_width > 0,
+    }
     for option, value in unknown.items():
-        if value is not None:
+        if value:
             _refuse(f"{where}: attention with {option}")
     rotary = mixer.position == "rotary"
     return Shape(

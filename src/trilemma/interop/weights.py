@@ -26,11 +26,12 @@ class Weight:
 
     Attributes:
         ours: its name in our model.
-        theirs: one name, or several whose tensors stand one after the other along our first axis.
-        sizes: with several: how many rows of ours each of them makes.
-        transposed: theirs are stored [in, out].
-        factor: ours = factor * theirs.
-        axis: where theirs have one axis of size 1 more.
+        theirs: one name, or several whose rows stand one after the other.
+        sizes: with several: how many rows each of them has.
+        order: which of these rows is ours, row by row; None: as they stand.
+        transposed: ours has theirs' rows as columns.
+        factor, offset: ours = factor * theirs + offset.
+        ones: axes of size 1 that theirs have besides, in ascending order.
         skipped: rows at the start of theirs that nothing reads; they are written as zeros.
         aliases: other names under which the same tensor may be stored (tied weights); never written.
     """
@@ -38,9 +39,11 @@ class Weight:
     ours: str
     theirs: str | tuple[str, ...]
     sizes: tuple[int, ...] = ()
+    order: Tensor | None = None
     transposed: bool = False
     factor: float = 1.0
-    axis: int | None = None
+    offset: float = 0.0
+    ones: tuple[int, ...] = ()
     skipped: int = 0
     aliases: tuple[str, ...] = ()
 
@@ -51,34 +54,36 @@ class Weight:
 
     def shapes(self, shape: Shape) -> list[Shape]:
         """The shapes of theirs, given ours."""
-        return [self._outward(torch.empty(part, device="meta")).shape for part in self._parts(shape)]
+        return [part.shape for part in self.outward(torch.empty(shape, device="meta"))]
 
     def inward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Ours."""
-        parts = []
-        for tensor in tensors:
-            part = tensor if self.axis is None else tensor.squeeze(self.axis)
-            part = part.t() if self.transposed else part
-            parts.append(part[self.skipped :])
+        parts = [(tensor.squeeze(self.ones) if self.ones else tensor)[self.skipped :] for tensor in tensors]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.contiguous() if self.factor == 1 else whole.float() * self.factor
+        whole = whole if self.order is None else whole[self.order]
+        whole = whole.t() if self.transposed else whole
+        return whole.contiguous() if self._same else whole.float() * self.factor + self.offset
 
     def outward(self, tensor: Tensor) -> list[Tensor]:
         """Theirs."""
-        sizes = [part[0] for part in self._parts(tuple(tensor.shape))]
-        scaled = tensor if self.factor == 1 else tensor / self.factor
-        return [self._outward(part).contiguous() for part in scaled.split(sizes)]
+        whole = tensor if self._same else (tensor - self.offset) / self.factor
+        whole = whole.t() if self.transposed else whole
+        whole = whole if self.order is None else whole[self.order.argsort()]
+        sizes = self.sizes or (len(whole),)
+        assert sum(sizes) == len(whole) and len(sizes) == len(self.names), self.ours
+        return [self._outward(part).contiguous() for part in whole.split(sizes)]
 
-    def _parts(self, shape: Shape) -> list[Shape]:
-        sizes = self.sizes or (shape[0],)
-        assert sum(sizes) == shape[0] and len(sizes) == len(self.names), self.ours
-        return [(size, *shape[1:]) for size in sizes]
+    @property
+    def _same(self) -> bool:
+        """Whether the numbers are theirs."""
+        return self.factor == 1 and self.offset == 0
 
     def _outward(self, part: Tensor) -> Tensor:
         if self.skipped:
             part = torch.cat([part.new_zeros(self.skipped, *part.shape[1:]), part])
-        part = part.t() if self.transposed else part
-        return part if self.axis is None else part.unsqueeze(self.axis)
+        for axis in self.ones:
+            part = part.unsqueeze(axis)
+        return part
 
 
 @dataclass(frozen=True)

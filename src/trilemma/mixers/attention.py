@@ -53,11 +53,14 @@ class Attention(Mixer):
         position: none, rotary, xpos, alibi or t5 (a bias learned by this layer) or t5-shared (one owned by the stack).
         rotary_base: of rotary and xpos.
         rotary_interleaved: pairs of neighbours; False: the halves, as Llama's weights have it.
+        rotary_dim: how many features of a head, the first ones, are rotated; None: all.
         rotary_scaling: slower rotations for longer texts: a mapping with kind (linear, llama3 or yarn), factor,
             original_length and what else `RotaryScaling` has; None: none.
         xpos_base: distance over which xPos decays by one power of zeta.
         qk_norm: RMS-normalises queries and keys per head.
         scale: of the scores; None: 1 / sqrt(head_dim). T5 uses 1.
+        output_gate: each head's output is multiplied by sigmoid(W_g x), feature by feature (Qiu et al. 2025, arXiv
+            2505.06708).
         bias: of the projections.
     """
 
@@ -74,10 +77,12 @@ class Attention(Mixer):
         position: Literal["none", "rotary", "xpos", "alibi", "t5", "t5-shared"] = "none",
         rotary_base: float = 10000.0,
         rotary_interleaved: bool = True,
+        rotary_dim: int | None = None,
         rotary_scaling: RotaryScaling | None = None,
         xpos_base: float = 512.0,
         qk_norm: bool = False,
         scale: float | None = None,
+        output_gate: bool = False,
         bias: bool = True,
     ) -> None:
         super().__init__(d_model, causal)
@@ -89,17 +94,20 @@ class Attention(Mixer):
         self.window = window
         self.position = position
         self.rotary_base, self.rotary_interleaved, self.xpos_base = rotary_base, rotary_interleaved, xpos_base
+        self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         self.rotary_scaling = rotary_scaling
         self.scale = scale
         self._check()
         inner = self.num_heads * self.head_dim
         self.kv_width = self.num_kv_heads * self.head_dim
-        self.qkv = nn.Linear(d_model, inner + 2 * self.kv_width, bias=bias)
+        self.gate_width = inner if output_gate else 0
+        widths = [inner, self.kv_width, self.kv_width, self.gate_width]
+        self.qkv = nn.Linear(d_model, sum(widths), bias=bias)  # and the gate
         self.out = nn.Linear(inner, d_model, bias=bias)
         self.query_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.t5_bias = nn.Parameter(torch.zeros(_T5_BUCKETS, num_heads)) if position == "t5" else None
-        for weight in self.qkv.weight.split([inner, self.kv_width, self.kv_width]):
+        for weight in self.qkv.weight.split([width for width in widths if width]):
             nn.init.xavier_uniform_(weight)
         nn.init.xavier_uniform_(self.out.weight)
         for layer in (self.qkv, self.out) if bias else ():
@@ -114,7 +122,13 @@ class Attention(Mixer):
             )
         if self.position in ("rotary", "xpos") and self.head_dim % 2:
             raise ConfigError(f"attention: {self.position} needs an even head_dim, found {self.head_dim}")
-        if self.rotary_scaling is not None and self.position != "rotary":
+        partial = self.rotary_dim != self.head_dim
+        if partial and (self.position != "rotary" or self.rotary_dim % 2 or not 0 < self.rotary_dim < self.head_dim):
+            raise ConfigError(
+                f"attention: rotary_dim needs position rotary and an even number of a head's {self.head_dim} features, "
+                f'found {self.rotary_dim} with position "{self.position}"'
+            )
+        if self.position != "rotary" and self.rotary_scaling is not None:
             raise ConfigError(f'attention: rotary_scaling belongs to position rotary, found "{self.position}"')
         if self.rotary_scaling is not None and self.rotary_base <= 1:
             raise ConfigError(f"attention: rotary_scaling needs a rotary_base above 1, found {self.rotary_base}")
@@ -140,6 +154,7 @@ class Attention(Mixer):
             {"causal": False, "position": "t5", "window": 4},
             {"causal": False, "position": "alibi"},
             {"position": "rotary", "rotary_scaling": {"kind": "yarn", "factor": 4.0, "original_length": 50}},
+            {"position": "rotary", "rotary_dim": 4, "head_dim": 6, "num_kv_heads": 2, "output_gate": True},
         ]
 
     @classmethod
@@ -175,7 +190,10 @@ class Attention(Mixer):
             offset = state.bound if isinstance(state, KVCache) and state.uniform else state.lengths
         positions = call_positions(length, ragged, offset, x.device)
         inner = self.num_heads * self.head_dim
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # of queries, keys, values
+        projected, gate = self.qkv(x), None
+        if self.gate_width:
+            projected, gate = projected.split([inner + 2 * self.kv_width, inner], dim=-1)
+        heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # of queries, keys, values
         matched, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         queries, keys = self._placed(matched, positions)
         if state is None:
@@ -185,7 +203,8 @@ class Attention(Mixer):
             check_prefix(ragged, length, offset)
             seen, after = state.append(keys, values, ragged.lengths if ragged is not None else None)
             mixed = self._attend_state(queries, seen, positions, ragged, offset, shared)
-        y: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, inner))
+        mixed = mixed.transpose(1, 2).reshape(batch, length, inner)
+        y: Tensor = self.out(mixed if gate is None else mixed * torch.sigmoid(gate))
         return y, after
 
     def _placed(self, matched: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,9 +217,7 @@ class Attention(Mixer):
             precise = torch.promote_types(matched.dtype, torch.float32)
             angles = positions[..., None].to(precise) * self._frequencies(matched.device, precise)
             if self.position == "rotary":
-                matched = rotate(matched, angles, self.rotary_interleaved)
-                if self.rotary_scaling is not None and self.rotary_scaling.size != 1:
-                    matched = matched * self.rotary_scaling.size
+                matched = self._rotated(matched, angles)
             else:
                 _check_xpos(positions, self.xpos_base)
                 scales = (xpos_scale(positions, self.head_dim, self.xpos_base, sign, precise) for sign in (1, -1))
@@ -210,10 +227,19 @@ class Attention(Mixer):
         return queries, keys
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[D / 2] radians per position."""
+        """[rotary_dim / 2] radians per position."""
         if self.rotary_scaling is None:
-            return rotation_frequencies(self.head_dim, self.rotary_base, False, device, dtype)
-        return scaled_frequencies(self.head_dim, self.rotary_base, self.rotary_scaling, device, dtype)
+            return rotation_frequencies(self.rotary_dim, self.rotary_base, False, device, dtype)
+        return scaled_frequencies(self.rotary_dim, self.rotary_base, self.rotary_scaling, device, dtype)
+
+    def _rotated(self, heads: Tensor, angles: Tensor) -> Tensor:
+        """[B, H, L, D] with the first rotary_dim features rotated by the angles [B or 1, L, rotary_dim / 2]."""
+        turning = rotate(heads[..., : self.rotary_dim], angles, self.rotary_interleaved)
+        if self.rotary_scaling is not None and self.rotary_scaling.size != 1:
+            turning = turning * self.rotary_scaling.size
+        if self.rotary_dim == self.head_dim:
+            return turning
+        return torch.cat([turning, heads[..., self.rotary_dim :]], dim=-1)
 
     def _attend_call(
         self,
@@ -284,9 +310,9 @@ class Attention(Mixer):
         return table[t5_buckets(distance, self.causal, _T5_BUCKETS)].permute(0, 3, 1, 2)
 
     def count_parameters(self) -> int:
-        """(h d_h + 2 g d_h) (d + bias) + d (h d_h + bias), plus norms and bias table."""
+        """(h d_h + 2 g d_h) (d + bias) + d (h d_h + bias), plus gate, norms and bias table."""
         inner, bias = self.num_heads * self.head_dim, int(self.qkv.bias is not None)
-        count = (inner + 2 * self.kv_width) * (self.d_model + bias) + self.d_model * (inner + bias)
+        count = (inner + 2 * self.kv_width + self.gate_width) * (self.d_model + bias) + self.d_model * (inner + bias)
         if self.query_norm is not None:
             count += 2 * self.head_dim
         return count + (_T5_BUCKETS * self.num_heads if self.position == "t5" else 0)
@@ -294,7 +320,7 @@ class Attention(Mixer):
     def flops(self, length: int, context: int = 0) -> int:
         """Projections, and 4 h d_h for each query-key pair that is needed."""
         inner = self.num_heads * self.head_dim
-        projections = 2 * length * self.d_model * (2 * inner + 2 * self.kv_width)
+        projections = 2 * length * self.d_model * (2 * inner + 2 * self.kv_width + self.gate_width)
         if self.causal:
             window = self.window or length + context
             pairs = sum(min(context + i + 1, window) for i in range(length))

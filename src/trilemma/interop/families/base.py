@@ -11,7 +11,7 @@ from torch import Tensor
 from trilemma.config import ModelConfig, RunConfig
 from trilemma.errors import CapabilityError
 from trilemma.interop.keys import Keys
-from trilemma.interop.weights import Rule
+from trilemma.interop.weights import Rule, Weight
 from trilemma.mixers.attention import Attention
 from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.models import SequenceModel
@@ -83,6 +83,33 @@ GATED_ACTIVATIONS = {
 }
 
 
+def decoder_rules(model: ModelConfig, centred: bool = False) -> list[Rule]:
+    """The map of what the decoders built like Llama have in common: all but their mixers, without the mlp's biases.
+
+    Args:
+        model: the architecture.
+        centred: the norms' weights are stored less 1.
+    """
+    width, offset = model.d_ff or 0, 1.0 if centred else 0.0
+    tied = ("lm_head.weight",) if model.tie_embeddings else ()
+    rules: list[Rule] = [
+        Weight("embedding.tokens.weight", "model.embed_tokens.weight", aliases=tied),
+        Weight("stack.norm.weight", "model.norm.weight", offset=offset),
+    ]
+    if not model.tie_embeddings:
+        rules.append(Weight("output.weight", "lm_head.weight"))
+    for i in range(model.num_layers):
+        ours, theirs = f"stack.blocks.{i}.parts", f"model.layers.{i}"
+        gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
+        rules += [
+            Weight(f"{ours}.0.norm.weight", f"{theirs}.input_layernorm.weight", offset=offset),
+            Weight(f"{ours}.1.norm.weight", f"{theirs}.post_attention_layernorm.weight", offset=offset),
+            Weight(f"{ours}.1.part.up.weight", gate_up, sizes=(width, width)),
+            Weight(f"{ours}.1.part.down.weight", f"{theirs}.mlp.down_proj.weight"),
+        ]
+    return rules
+
+
 def named(choices: Mapping[str, str], ours: str, family: str) -> str:
     """The name that a choice of ours has there; the first that means it.
 
@@ -122,6 +149,7 @@ def plain_attention(model: SequenceModel, family: str) -> None:
             usual = usual and mixer.scale is None
         if isinstance(mixer, Attention):
             usual = usual and mixer.position == "none" and mixer.window is None and mixer.query_norm is None
+            usual = usual and not mixer.gate_width
         if not usual:
             raise CapabilityError(
                 f"{family}: every mixer must be attention with model.num_heads whole heads and biases, without window, "

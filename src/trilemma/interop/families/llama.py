@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trilemma.config import MixerSpec, ModelConfig, RunConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.interop.families.base import GATED_ACTIVATIONS, Blueprint, Family, named, require
+from trilemma.interop.families.base import GATED_ACTIVATIONS, Blueprint, Family, decoder_rules, named, require
 from trilemma.interop.families.rotary import read_rotary, write_rotary
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import LeftOut, Rule, Weight, Zeros
@@ -94,22 +94,12 @@ def _windows(keys: Keys, kind: str, layers: int) -> list[int | None]:
 
 def _rules(model: ModelConfig, head_dim: int, kv_heads: int, bias: bool, kind: str) -> list[Rule]:
     heads, width = (model.num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), model.d_ff or 0
-    tied = ("lm_head.weight",) if model.tie_embeddings else ()
-    rules: list[Rule] = [
-        Weight("embedding.tokens.weight", "model.embed_tokens.weight", aliases=tied),
-        Weight("stack.norm.weight", "model.norm.weight"),
-        LeftOut(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed"),
-    ]
-    if not model.tie_embeddings:
-        rules.append(Weight("output.weight", "lm_head.weight"))
+    rules = decoder_rules(model)
+    rules.append(LeftOut(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed"))
     for i in range(model.num_layers):
         ours, theirs = f"stack.blocks.{i}.parts", f"model.layers.{i}"
         attention, feed = f"{ours}.0.part", f"{ours}.1.part"
         projections = ("q_proj", "k_proj", "v_proj")
-        rules += [
-            Weight(f"{ours}.0.norm.weight", f"{theirs}.input_layernorm.weight"),
-            Weight(f"{ours}.1.norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        ]
         for end in ("weight", "bias") if bias else ("weight",):
             names = tuple(f"{theirs}.self_attn.{name}.{end}" for name in projections)
             rules.append(Weight(f"{attention}.qkv.{end}", names, sizes=heads))
@@ -120,10 +110,10 @@ def _rules(model: ModelConfig, head_dim: int, kv_heads: int, bias: bool, kind: s
         if kind == "qwen3":
             rules.append(Weight(f"{attention}.query_norm.weight", f"{theirs}.self_attn.q_norm.weight"))
             rules.append(Weight(f"{attention}.key_norm.weight", f"{theirs}.self_attn.k_norm.weight"))
-        for end in ("weight", "bias") if model.bias else ("weight",):
-            names = (f"{theirs}.mlp.gate_proj.{end}", f"{theirs}.mlp.up_proj.{end}")
-            rules.append(Weight(f"{feed}.up.{end}", names, sizes=(width, width)))
-            rules.append(Weight(f"{feed}.down.{end}", f"{theirs}.mlp.down_proj.{end}"))
+        if model.bias:
+            biases = (f"{theirs}.mlp.gate_proj.bias", f"{theirs}.mlp.up_proj.bias")
+            rules.append(Weight(f"{feed}.up.bias", biases, sizes=(width, width)))
+            rules.append(Weight(f"{feed}.down.bias", f"{theirs}.mlp.down_proj.bias"))
     return rules
 
 
@@ -137,8 +127,11 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
         raise CapabilityError(f"{family}: every mixer must be attention")
     first = mixers[0]
     for mixer in mixers:
-        if mixer.position != "rotary" or mixer.scale is not None:
-            raise CapabilityError(f"{family}: attention needs position rotary, and no scale of its own")
+        whole = mixer.position == "rotary" and mixer.rotary_dim == mixer.head_dim
+        if not whole or mixer.gate_width or mixer.scale is not None:
+            raise CapabilityError(
+                f"{family}: attention needs position rotary for whole heads, no output_gate and no scale of its own"
+            )
     if len({(mixer.rotary_base, mixer.rotary_scaling) for mixer in mixers}) > 1:
         raise CapabilityError(f"{family}: all layers must have the same rotations")
     windows = [mixer.window for mixer in mixers]

@@ -113,7 +113,7 @@ def _rules(model: ModelConfig, names: dict[str, str]) -> list[Rule]:
     for i in range(model.num_layers):
         ours = f"stack.blocks.{i}.parts.0"
         rules.append(Weight(f"{ours}.norm.weight", f"backbone.layers.{i}.norm.weight"))
-        rules.append(Weight(f"{ours}.part.conv.weight", f"{_at(i)}.conv1d.weight", transposed=True, axis=1))
+        rules.append(Weight(f"{ours}.part.conv.weight", f"{_at(i)}.conv1d.weight", transposed=True, ones=(1,)))
         rules += [Weight(f"{ours}.part.{name}", f"{_at(i)}.{other}") for name, other in names.items()]
     return rules
 

@@ -69,7 +69,7 @@ def _rules(model: ModelConfig, kind: str) -> list[Rule]:
         Weight("embedding.tokens.weight", "model.shared.weight", aliases=(*tables, *tied)),
     ]
     if model.logit_bias:
-        rules.append(Weight("logit_bias", "final_logits_bias", axis=0))
+        rules.append(Weight("logit_bias", "final_logits_bias", ones=(0,)))
     if not model.tie_embeddings:
         rules.append(Weight("output.weight", "lm_head.weight"))
     if kind == "marian":

@@ -24,11 +24,12 @@ _KEYS: dict[str, tuple[str, ...]] = {
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-def read_rotary(keys: Keys, max_length: int) -> dict[str, Any]:
+def read_rotary(keys: Keys, max_length: int, head_dim: int | None = None) -> dict[str, Any]:
     """The options of `attention` that a config.json's rotations come to.
 
     Args:
         keys: the file. max_length: its max_position_embeddings.
+        head_dim: where a part of it may be rotated, a quarter unless the file says otherwise; None: only whole heads.
 
     Raises:
         ConfigError: rotations of another type, or with a key or value that cannot be honoured.
@@ -45,8 +46,19 @@ def read_rotary(keys: Keys, max_length: int) -> dict[str, Any]:
     theta = found.values.get("rope_theta", keys.take("rope_theta", 10000.0))
     if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
         raise ConfigError(f"{keys.where}: rope_theta: a number above 0 is needed, found {theta!r}")
-    for holder in (keys, found):
-        holder.only("partial_rotary_factor", 1.0, None)
+    rotated: dict[str, Any] = {}
+    if head_dim is None:
+        for holder in (keys, found):
+            holder.only("partial_rotary_factor", 1.0, None)
+    else:
+        share = found.take("partial_rotary_factor", keys.take("partial_rotary_factor", 0.25))
+        turned = int(head_dim * share) if 0 < share <= 1 else 0
+        if turned % 2 or turned == 0:
+            raise ConfigError(
+                f"{keys.where}: partial_rotary_factor is {share}; an even number of a head's {head_dim} features must "
+                "be rotated"
+            )
+        rotated = {"rotary_dim": turned}
     if kind in _BY_LENGTH:
         raise ConfigError(
             f'{found.where}: rope_type "{kind}" cannot be honoured: it turns every token by an angle that depends on '
@@ -63,7 +75,7 @@ def read_rotary(keys: Keys, max_length: int) -> dict[str, Any]:
             RotaryScaling(**scaling)
         except ConfigError as error:
             raise ConfigError(f"{found.where}: {error}") from None
-    return {"rotary_base": float(theta), "rotary_scaling": scaling}
+    return {"rotary_base": float(theta), "rotary_scaling": scaling, **rotated}
 
 
 def _scaling(found: Keys, kind: str, max_length: int) -> dict[str, Any] | None:
@@ -93,8 +105,8 @@ def _scaling(found: Keys, kind: str, max_length: int) -> dict[str, Any] | None:
     }
 
 
-def write_rotary(mixer: Attention) -> dict[str, Any]:
-    """The keys of config.json for the rotations of a mixer."""
+def write_rotary(mixer: Attention, partial: bool = False) -> dict[str, Any]:
+    """The keys of config.json for the rotations of a mixer; partial: of a family that may rotate a part of a head."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": mixer.rotary_base}
     scaling = mixer.rotary_scaling
     if scaling is not None:
@@ -106,4 +118,8 @@ def write_rotary(mixer: Attention) -> dict[str, Any]:
         if scaling.kind == "yarn":
             parameters |= {"beta_slow": scaling.low, "beta_fast": scaling.turns_kept, "truncate": scaling.rounded}
             parameters["attention_factor"] = scaling.size
+    if partial:
+        share = mixer.rotary_dim / mixer.head_dim
+        exact = int(mixer.head_dim * share) == mixer.rotary_dim  # as it will be computed
+        parameters["partial_rotary_factor"] = share if exact else math.nextafter(share, 1)
     return {"rope_theta": mixer.rotary_base, "rope_parameters": parameters}

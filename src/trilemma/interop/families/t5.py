@@ -119,7 +119,9 @@ def _write(model: SequenceModel, run: RunConfig) -> dict[str, Any]:
     for mixer in model.mixers():
         if not isinstance(mixer, (Attention, CrossAttention)):
             raise CapabilityError(f"{family}: every mixer must be attention, found {mixer.name}")
-        placed = isinstance(mixer, CrossAttention) or (mixer.position == "t5-shared" and mixer.window is None)
+        placed = isinstance(mixer, CrossAttention) or (
+            mixer.position == "t5-shared" and mixer.window is None and not mixer.gate_width
+        )
         whole = mixer.num_kv_heads == mixer.num_heads == config.num_heads
         if not placed or not whole or mixer.scale != 1.0 or mixer.out.bias is not None:
             raise CapabilityError(f"{family}: {mixer.name} needs scale 1, no bias, whole heads, position t5-shared")
