@@ -118,11 +118,11 @@ def _ratio(pair: tuple[dict[str, Any], dict[str, Any]], field: str) -> float:
 
 
 def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Hardware, versions, commit, command and date; stands in every stored result."""
+    """Hardware, versions, commit, command, date, and this machine's ceilings measured now; stands in every result."""
     device, _ = machine.choose_device("auto")
     return {
         "environment": machine.environment(device),
-        "ceilings": vars(machine.ceilings(device)),
+        "ceilings": vars(machine.measure_ceilings(device)),
         "packages": {name: installed_version(name) for name in packages},
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "variables": {

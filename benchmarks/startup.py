@@ -1,4 +1,4 @@
-"""How long commands take as a user waits for them: whole processes, beside a bare interpreter.
+"""How long commands take as a user waits for them: whole processes in turns, beside a bare interpreter and torch.
 
 python benchmarks/startup.py             # --help, and the first translation of a small model from a cold command
 python benchmarks/startup.py --tiny      # does everything run? Nothing is stored
@@ -25,16 +25,14 @@ from trilemma.runs import RunDirectory
 from trilemma.runs.tensors import model_tensors
 
 RUNS = 10
+SENTENCE = " ".join(str(number) for number in range(20)) + "\n"
 
 
-def seconds(command: list[str], runs: int, text: str = "") -> list[float]:
-    """Wall-clock times of whole processes that read `text`, after one that fills the file cache."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        subprocess.run(command, input=text, text=True, stdout=subprocess.DEVNULL, check=True)
-        times.append(time.perf_counter() - start)
-    return times[1:]
+def seconds(command: list[str]) -> float:
+    """Wall-clock time of a whole process that reads a sentence, if it reads."""
+    start = time.perf_counter()
+    subprocess.run(command, input=SENTENCE, text=True, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
 
 
 def small_run(folder: Path) -> Path:
@@ -51,23 +49,25 @@ def small_run(folder: Path) -> Path:
 def main() -> None:
     """Prints and stores the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="one process each; nothing is stored")
+    parser.add_argument("--tiny", action="store_true", help="one round; nothing is stored")
     tiny = parser.parse_args().tiny
     runs = 1 if tiny else RUNS
     program = str(Path(sys.executable).parent / "trilemma")
-    commands = {
-        "bare interpreter": [sys.executable, "-c", "pass"],
-        "trilemma --help": [program, "--help"],
-        "trilemma --version": [program, "--version"],
-        "trilemma doctor --help": [program, "doctor", "--help"],
-    }
-    measured = {name: statistics.median(seconds(command, runs)) for name, command in commands.items()}
     with tempfile.TemporaryDirectory() as folder:
-        translate = [program, "generate", str(small_run(Path(folder) / "run"))]
-        sentence = " ".join(str(number) for number in range(20))
-        measured["first translation"] = statistics.median(seconds(translate, runs, f"{sentence}\n"))
+        commands = {
+            "bare interpreter": [sys.executable, "-c", "pass"],
+            "import torch": [sys.executable, "-c", "import torch"],
+            "import trilemma": [sys.executable, "-c", "import trilemma"],
+            "trilemma --help": [program, "--help"],
+            "trilemma --version": [program, "--version"],
+            "trilemma doctor --help": [program, "doctor", "--help"],
+            "first translation": [program, "generate", str(small_run(Path(folder) / "run"))],
+        }
+        # in turns; the first round fills the file cache
+        rounds = [{name: seconds(command) for name, command in commands.items()} for _ in range(runs + 1)][1:]
+    measured = {name: statistics.median(times[name] for times in rounds) for name in commands}
     if not tiny:
-        store("startup", {"benchmark": "startup", "median_seconds": measured, "runs": runs, **provenance()})
+        store("startup", {"benchmark": "startup", "median_seconds": measured, "rounds": rounds, **provenance()})
     print(json.dumps(measured))
 
 

@@ -7,11 +7,14 @@ weights, on the same random batch again and again. A system whose loss does not 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,6 +101,21 @@ def work(benchmark: Benchmark, name: str, mode: str, size: Any, steps: int, warm
     return result
 
 
+@contextlib.contextmanager
+def empty_compile_cache() -> Iterator[None]:
+    """The workers started within share a cache of compiled code that is empty at first."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
+
+
 def study(benchmark: Benchmark, arguments: argparse.Namespace, size: Any) -> dict[str, Any]:
     """All pairs, eager against eager and compiled against compiled."""
     base = [sys.executable, benchmark.script, "--steps", str(arguments.steps), "--warm-up", str(arguments.warm_up)]
@@ -110,8 +128,11 @@ def study(benchmark: Benchmark, arguments: argparse.Namespace, size: Any) -> dic
             say(f"{own} against {peer}, {mode}")
             commands = [[*base, "--worker", name, "--mode", mode] for name in (own, peer)]
             try:
-                same_size(*(run_worker([*command, "--steps", "1", "--warm-up", "1"]) for command in commands))
-                result = duel(commands[0], commands[1], "step_ms", arguments.rounds)
+                with empty_compile_cache():
+                    cold = [run_worker([*command, "--steps", "1", "--warm-up", "1"]) for command in commands]
+                    same_size(*cold)
+                    result = duel(commands[0], commands[1], "step_ms", arguments.rounds)
+                result["cold_first_step_s"] = [run["first_step_s"] for run in cold]
             except WorkerError as error:
                 say(f"  not measured: {error}")
                 result = {"speedup": None, "reason": str(error)}
