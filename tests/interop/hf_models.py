@@ -89,6 +89,21 @@ _MAMBA = {**_IDS, "hidden_size": 32, "num_hidden_layers": 3}
 _MAMBA2 = {**_MAMBA, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
 
 
+_KIMI = {
+    **_LLAMA,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 3,
+    "v_head_dim": 6,
+    "linear_head_dim": 8,
+    "linear_num_heads": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense"] * 3,
+}
+del _KIMI["head_dim"]
+
+
 def _rope(theta: float, kind: str = "default", **scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
 
@@ -183,6 +198,12 @@ CASES = {
         },
     ),
     "qwen3-yarn": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, **_rope(100.0, "yarn", **_YARN)}),
+    "kimi-linear": Case("KimiLinearForCausalLM", transformers.KimiLinearConfig, _KIMI),
+    "kimi-linear-latent-queries": Case(
+        "KimiLinearForCausalLM",
+        transformers.KimiLinearConfig,
+        {**_KIMI, "q_lora_rank": 10, "linear_num_heads": 1, "linear_conv_kernel_dim": 2},
+    ),
     "qwen3": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, "head_dim": 16, **_rope(1e6)}),
 }
 

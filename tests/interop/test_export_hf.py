@@ -240,6 +240,30 @@ def test_a_gate_and_parts_of_heads_have_no_place_elsewhere(tmp_path: Path) -> No
         write(own_run(tmp_path / "gpt2", settings, task), tmp_path, ExportOptions())
 
 
+@pytest.mark.parametrize(
+    ("mixer", "message"),
+    [
+        (["kda", "kda"], "kimi_linear: mixers must be kda and latent_attention, at least one of each"),
+        (["kda", "latent_attention"], "kimi_linear: latent_attention needs rotary false"),
+        (["kda", {"name": "latent_attention", "rotary": False}], "gate.bias is not zero, and this architecture has no"),
+        (
+            [{"name": "kda", "negative_eigenvalues": True}, {"name": "latent_attention", "rotary": False}],
+            r"kimi_linear: kda needs epsilon 1e-05 .*, and no negative_eigenvalues",
+        ),
+        (
+            ["kda", {"name": "kda", "head_dim": 4}, {"name": "latent_attention", "rotary": False}],
+            "kimi_linear: all layers of kda must be alike",
+        ),
+    ],
+)
+def test_what_kimi_linear_has_not(mixer: list[Any], message: str, tmp_path: Path) -> None:
+    settings, task = OWN["LlamaForCausalLM"]
+    changes = {"mixer": mixer, "num_layers": len(mixer), "tie_embeddings": False}
+    run = own_run(tmp_path / "run", {**settings, **changes}, task)
+    with pytest.raises(CapabilityError, match=message):
+        write(run, tmp_path, ExportOptions())
+
+
 def test_layers_rotated_differently_are_refused(tmp_path: Path) -> None:
     """Eight tokens would hardly show it."""
     settings, task = OWN["LlamaForCausalLM"]

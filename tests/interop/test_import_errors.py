@@ -24,7 +24,7 @@ from trilemma.runs.load import load_run
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
-    for name in ("llama", "gpt2", "bert-classifier", "marian", "t5", "mamba2", "qwen3-next"):
+    for name in ("llama", "gpt2", "bert-classifier", "marian", "t5", "mamba2", "qwen3-next", "kimi-linear"):
         make(CASES[name], folder / name)
     return folder
 
@@ -68,6 +68,18 @@ BAD_KEYS = [
     ("qwen3-next", {"linear_num_value_heads": 3}, "linear_num_value_heads is 3; only multiples of the keys' 2 can"),
     ("qwen3-next", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; with query and key norms only 1e-06"),
     ("qwen3-next", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "partial_rotary_factor is 0.2; an even number"),
+    ("kimi-linear", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, 'layer 1 is "sparse" .2 layers in all.*dense'),
+    ("kimi-linear", {"mlp_layer_types": None}, 'mlp_layer_types: layer 1 is "sparse" .* or first_k_dense_replace 3'),
+    ("kimi-linear", {"mlp_layer_types": ["dense"]}, "mlp_layer_types: 1 entries for 3 layers"),
+    ("kimi-linear", {"layer_types": ["linear_attention", "chunked", "chunked"]}, 'layer_types: "chunked" cannot be'),
+    ("kimi-linear", {"mla_use_nope": False}, "mla_use_nope is False; only True can be honoured"),
+    ("kimi-linear", {"num_key_value_heads": 2}, "num_key_value_heads is 2; only 4 or None can be honoured"),
+    (
+        "kimi-linear",
+        {"layer_types": None, "linear_attn_config": {"kda_layers": [1, 2], "full_attn_layers": [2]}},
+        "linear_attn_config: full_attn_layers and kda_layers must name each of the layers 1 to 3 once",
+    ),
+    ("kimi-linear", {"linear_attn_config": {"gate_lower_bound": 1}}, 'linear_attn_config: the key "gate_lower_bound"'),
     ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
     ("mamba2", {"num_heads": 4}, "num_heads \\* head_dim is 32, expand \\* hidden_size 64"),
 ]
@@ -88,6 +100,35 @@ def test_an_unknown_key_may_be_declared_harmless(copy: Callable[[str], Path], tm
     with pytest.raises(ConfigError, match=r'--ignore quantisation_config: .* has no such key; did you mean "quant'):
         import_model(tmp_path / "llama", tmp_path / "run", ignore=["quantisation_config"])
     assert import_model(tmp_path / "llama", tmp_path / "run", ignore=["quantization_config"]).exists()
+
+
+def test_published_names_of_kimi_s_layers(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """A dense layer's weights stand under `mlp`; transformers writes them under the name of the experts."""
+    folder = copy("kimi-linear")
+    import_model(folder, tmp_path / "one")
+    old, new = ".block_sparse_moe.", ".mlp."
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    edit_weights(folder, rename)
+    import_model(folder, tmp_path / "two")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    extra = f"model.layers.0{old}up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.update({extra: torch.zeros(48, 32)}))
+    with pytest.raises(CheckpointError, match=r'"model.layers.0..*up_proj.weight" are one tensor\'s names'):
+        import_model(folder, tmp_path / "three")
+
+
+def test_layers_counted_from_one() -> None:
+    kimi = {"model_type": "kimi_linear", "num_hidden_layers": 3, "first_k_dense_replace": 3}
+    lists = {"full_attn_layers": [2], "kda_layers": [3, 1], "head_dim": 16, "num_heads": 2}
+    model = importing.understand({**kimi, "linear_attn_config": lists}, "config.json")[1].model
+    assert isinstance(model.mixer, list)
+    assert [spec["name"] for spec in model.mixer if isinstance(spec, dict)] == ["kda", "latent_attention", "kda"]
+    assert model.mixer[0]["head_dim"] == 16  # type: ignore[index]
 
 
 def test_half_precision_files(tmp_path: Path) -> None:
@@ -123,6 +164,25 @@ PUBLISHED = {
         "num_experts": 512,
         "norm_topk_prob": True,
     },
+    "kimi_linear": {
+        "first_k_dense_replace": 27,
+        "head_dim": 72,
+        "linear_attn_config": {
+            "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+            "kda_layers": [i for i in range(1, 27) if i % 4],
+            "head_dim": 128,
+            "num_heads": 32,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+        "model_max_length": 1048576,
+        "moe_layer_freq": 1,
+        "moe_router_activation_func": "sigmoid",
+        "num_nextn_predict_layers": 0,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "use_grouped_topk": True,
+    },
     "mamba": {"d_inner": 1536, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True, "time_step_rank": 48},
     "mamba2": {"norm_before_gate": True, "time_step_limit": [0.0, float("inf")], "time_step_scale": 1.0},
 }
@@ -136,7 +196,7 @@ def test_published_files_are_understood(kind: str) -> None:
 
 
 # Without them, a file of these types describes mixtures of experts, which are refused.
-DENSE = {"qwen3_next": {"num_experts": 0}}
+DENSE = {"qwen3_next": {"num_experts": 0}, "kimi_linear": {"first_k_dense_replace": 27}}
 
 
 def test_every_family_refuses_an_unknown_key() -> None:

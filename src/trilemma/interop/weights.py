@@ -127,7 +127,12 @@ class Renamed:
         self.where = self.source.where
         held = self.source.names()
         self._bare = bool(self.prefix) and not any(name.startswith(self.prefix) for name in held)
-        self._known = {(self.prefix if self._bare else "") + self._modern(name): name for name in held}
+        self._known: dict[str, str] = {}
+        for name in held:
+            known = (self.prefix if self._bare else "") + self._modern(name)
+            if known in self._known:
+                raise CheckpointError(f'{self.where}: "{self._known[known]}" and "{name}" are one tensor\'s names')
+            self._known[known] = name
 
     def _modern(self, name: str) -> str:
         for old, new in self.endings.items():
