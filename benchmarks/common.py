@@ -23,7 +23,8 @@ from unittest.mock import MagicMock
 
 from trilemma import machine
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class WorkerError(RuntimeError):
@@ -66,21 +67,28 @@ def run_worker(command: Sequence[str], timeout: float = 1800.0) -> dict[str, Any
     Raises:
         WorkerError: it ended with an error, took longer than `timeout` seconds, or printed no JSON.
     """
+    shown = without_folders(shlex.join(command))
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
         )
     except subprocess.TimeoutExpired:
-        raise WorkerError(f"{shlex.join(command)}: longer than {timeout:.0f} s") from None
+        raise WorkerError(f"{shown}: longer than {timeout:.0f} s") from None
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        raise WorkerError(f"{shlex.join(command)}: exit code {done.returncode}\n{(done.stderr or done.stdout)[-2000:]}")
+        end = without_folders((done.stderr or done.stdout)[-2000:])
+        raise WorkerError(f"{shown}: exit code {done.returncode}\n{end}")
     try:
         result = json.loads(lines[-1])
     except ValueError:
-        raise WorkerError(f"{shlex.join(command)}: the last line is no JSON: {lines[-1][:200]}") from None
+        raise WorkerError(f"{shown}: the last line is no JSON: {lines[-1][:200]}") from None
     assert isinstance(result, dict)
     return result
+
+
+def without_folders(text: str) -> str:
+    """Files of this checkout are named from its root: reasons are stored with the results."""
+    return text.replace(f"{ROOT}{os.sep}", "")
 
 
 def duel(ours: Sequence[str], peer: Sequence[str], field: str, rounds: int = 5) -> dict[str, Any]:

@@ -1,0 +1,456 @@
+"""Writes docs/speed.md and its pictures from benchmarks/results/ alone.
+
+    python benchmarks/speed_page.py
+
+What has no stored result reads "not measured". The same files give the same page; tests/test_speed_page.py compares.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from speed_parts import (
+    NOT_MEASURED,
+    Promise,
+    Result,
+    Section,
+    bars,
+    curves,
+    median,
+    megabytes,
+    origin,
+    promise,
+    reason,
+    spread,
+    table,
+)  # fmt: skip
+
+from trilemma.compare.plots import image, style
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "speed.md"
+IMAGES = ROOT / "docs" / "images"
+MARK = "<!-- Made by benchmarks/speed_page.py from benchmarks/results: run the benchmarks instead of editing. -->"
+MODES = ("eager", "compiled")
+CASES = ("32x1", "32x4", "1x1", "1x4")  # rows x beam
+
+INTRO = """\
+How fast Trilemma is beside the libraries that a user would otherwise choose, on the same machine. Whole processes run
+in turns (ours, theirs, ours, theirs, ...), each pair gives a ratio, and the median of the pairs is shown with their
+range: above 1, ours is faster. A *gate* must be shown before we call ourselves fast, a *goal* is pursued and reported.
+`python -m benchmarks` reruns everything; [benchmarks](../benchmarks/README.md) has the rules and how the others are
+installed."""
+FIRST = ("", "promised", "reached", "met")
+
+
+def sections() -> dict[str, Section]:
+    """Stem of the picture -> section."""
+    return {
+        "speed-train-lm": train_lm(stored("train_step_lm")),
+        "speed-train-seq2seq": train_seq2seq(stored("train_step_seq2seq")),
+        "speed-translation": translation(stored("translation_speed")),
+        "speed-decode": decoding(stored("decode_lm")),
+        "speed-quality": quality(stored("multi30k_marian")),
+        "speed-small": smaller(),
+        "speed-startup": startup(stored("startup")),
+        "speed-growth": growth(stored("growth")),
+        "speed-layers": layers(stored("mixers_speed")),
+        "speed-gpu": gpu(),
+    }
+
+
+def page(found: dict[str, Section]) -> str:
+    """docs/speed.md."""
+    parts = [f"# Speed\n\n{MARK}\n\n{INTRO}"]
+    for name, section in found.items():
+        promises = table(FIRST, section.promises) if section.promises else ""
+        picture = f"![{section.title}](images/{name}.png)" if section.bars or section.curves else ""
+        body = [f"## {section.title}", textwrap.fill(section.about, 120), promises, picture, section.table]
+        parts += [part for part in [*body, section.origin] if part]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- training steps
+
+
+Key = tuple[str, str, str]  # ours, peer, mode
+
+
+def train_lm(result: Result | None) -> Section:
+    """train_step_lm.json."""
+    attention = [("ours-attention", peer, mode) for mode in MODES for peer in ("llama", "litgpt")]
+    retention = [("ours-retention", "torchscale", mode) for mode in MODES]
+    mamba2 = [("ours-mamba2", "mamba2", mode) for mode in MODES]
+    keys = attention + retention + mamba2
+    duels = measured_duels(result)
+    both = each(duels, attention + retention, ratio)
+    compiled = [key for key in keys if key[2] == "compiled"]
+    shares = each(duels, compiled[:3], lambda duel: share(result, duel))
+    promises = [
+        promise("gate", "attention and retention faster than every peer, in the same mode", both, 1),
+        promise("gate", "Mamba-2 2x as fast as transformers'", each(duels, mamba2, ratio), 2),
+        promise("goal", "attention and retention 1.25x as fast", both, 1.25),
+        promise("goal", "Mamba-2 3x as fast", each(duels, mamba2, ratio), 3),
+        promise("goal", "attention and retention, compiled, at 0.70 of the bfloat16 ceiling", shares, 0.7),
+        promise("goal", "less memory for training than every peer, theirs over ours", each(duels, keys, memory), 1),
+        promise("goal", "the first compiled step within 15 s", each(duels, compiled, cold), most=15),
+    ]  # fmt: skip
+    about = (
+        "Decoder-only: vocabulary 8,192, d_model 384, 6 layers, 6 heads, length 512, batch 8, bfloat16 over float32 "
+        "weights, AdamW. Peers: transformers' Llama and Mamba-2, litgpt, torchscale's RetNet."
+    )
+    return training("Training step of a language model", about, promises, result)
+
+
+def train_seq2seq(result: Result | None) -> Section:
+    """train_step_seq2seq.json."""
+    duels = measured_duels(result)
+    opennmt = each(duels, [("ours", "opennmt", mode) for mode in MODES], ratio)
+    promises = [
+        promise("gate", "faster than OpenNMT-py, in the same mode", opennmt, 1),
+        promise("goal", "1.15x as fast as OpenNMT-py", opennmt, 1.15),
+        promise("goal", "on real lengths no more than 5 % of the compute goes to padding"),
+    ]
+    about = (
+        "Encoder-decoder: 6+6 layers, 512 wide, d_ff 2,048, vocabulary 16,000, 64 rows of 32+32 tokens, bfloat16 over "
+        "float32 weights, AdamW; tokens of both sides count. Peers: OpenNMT-py, JoeyNMT, transformers' Marian, "
+        "torch.nn.Transformer."
+    )
+    return training("Training step of an encoder-decoder", about, promises, result)
+
+
+def training(title: str, about: str, promises: list[Promise], result: Result | None) -> Section:
+    """A section made of duels."""
+    section = Section(title, about, promises)
+    if result is None:
+        return section
+    rows = []
+    for duel in result["duels"]:
+        head = (duel["mode"], duel["ours"].removeprefix("ours-"), duel["peer"])
+        if duel["speedup"] is None:
+            rows.append((*head, *[""] * 6, reason(duel)))
+            continue
+        section.bars[f"{head[1]} against {head[2]}, {head[0]}"] = duel["speedups"]
+        own, peer = duel["ours_runs"], duel["peer_runs"]
+        of_ceiling = share(result, duel)
+        theirs = None if of_ceiling is None else of_ceiling * duel["ours_median"] / duel["peer_median"]
+        rows.append(
+            (
+                *head,
+                *(f"{median(runs, 'tokens_per_second'):,.0f}" for runs in (own, peer)),
+                *(NOT_MEASURED if value is None else f"{value:.0%}" for value in (of_ceiling, theirs)),
+                *(megabytes(median(runs, "memory_growth_bytes")) for runs in (own, peer)),
+                spread(duel["speedups"]),
+            )
+        )
+    heads = (
+        "mode", "ours", "peer", "tokens/s, ours", "peer's", "of the ceiling, ours", "peer's", "memory, MB, ours",
+        "peer's", "ratio (range)",
+    )  # fmt: skip
+    section.table, section.origin = table(heads, rows), origin(result)
+    return section
+
+
+def measured_duels(result: Result | None) -> dict[Key, Result]:
+    """Those that have a ratio."""
+    duels = [] if result is None else result["duels"]
+    return {(duel["ours"], duel["peer"], duel["mode"]): duel for duel in duels if duel["speedup"] is not None}
+
+
+def each(duels: dict[Key, Result], keys: Sequence[Key], value: Callable[[Result], Any]) -> list[Any]:
+    """The value of each duel; None for what was not measured."""
+    return [value(duels[key]) if key in duels else None for key in keys]
+
+
+def ratio(duel: Result) -> float:
+    return float(duel["speedup"])
+
+
+def memory(duel: Result) -> float | None:
+    """Theirs over ours."""
+    own, peer = (median(duel[side], "memory_growth_bytes") for side in ("ours_runs", "peer_runs"))
+    return None if own is None or peer is None else peer / own
+
+
+def cold(duel: Result) -> float | None:
+    """Seconds of our first step with nothing compiled yet."""
+    times = duel.get("cold_first_step_s")
+    return None if times is None else float(times[0])
+
+
+def share(result: Result | None, duel: Result) -> float | None:
+    """Our matrix products a second, of the bfloat16 ceiling of the same run."""
+    flops = duel["ours_runs"][0].get("flops")
+    if result is None or flops is None:
+        return None
+    return float(flops / duel["ours_median"] / 1e6 / result["ceilings"]["bfloat16_gflops"])
+
+
+# --- translation
+
+
+def translation(result: Result | None) -> Section:
+    """translation_speed.json."""
+    rows = [] if result is None else result["rows"]
+
+    def fastest(case: str, system: str) -> Result | None:
+        found = [row for row in rows if row["case"] == case and row["system"].startswith(system)]
+        return min(found, key=lambda row: row["ms_per_sentence"], default=None)
+
+    def ratios(case: str, system: str) -> list[float]:
+        own, peer = fastest(case, "ours"), fastest(case, system)
+        if own is None or peer is None:
+            return []
+        return [b["seconds"] / a["seconds"] for a, b in zip(own["processes"], peer["processes"], strict=True)]
+
+    def middle(case: str, system: str) -> float | None:
+        return statistics.median(values) if (values := ratios(case, system)) else None
+
+    best = [middle(case, "ctranslate2") for case in CASES]
+    bf16 = [middle(case, "transformers-bfloat16") for case in CASES if case.endswith("x4")]
+    promises = [
+        promise("gate", "2x transformers in bfloat16 at beam 4", bf16, 2),
+        promise("gate", "faster than CTranslate2's best mode in two of the four cases", sorted(best, key=key)[-2:], 1),
+        promise("goal", "1.2x CTranslate2's best mode in all four", best, 1.2),
+        promise("goal", "in reduced precision within 0.2 BLEU on a trained model"),
+        promise("goal", "memory beyond torch's no more than CTranslate2's beyond Python's"),
+    ]  # fmt: skip
+    about = (
+        "Encoder-decoder, 6+6 layers, 512 wide, the same random weights in all formats, 20 tokens into 20. Beside "
+        "each system: how much faster ours is in its fastest mode."
+    )
+    section = Section("Translation", about, promises)
+    if result is None:
+        return section
+    lines = []
+    for row in rows:
+        case, system = row["case"], row["system"]
+        values = [] if system.startswith("ours") else ratios(case, system)
+        if values:
+            section.bars[f"{system}, {case}"] = values
+        same = "" if row["same_outputs"] is None else f"{row['same_outputs']:.1%}"
+        ms = row["ms_per_sentence"]
+        lines.append((case, system, f"{ms:.1f}", f"{1e3 / ms:.1f}", megabytes(row["peak_bytes"]), same, spread(values)))
+    heads = ("rows x beam", "system", "ms a sentence", "sentences/s", "peak, MB", "same tokens", "ratio (range)")
+    section.table, section.origin = table(heads, lines), origin(result)
+    return section
+
+
+def key(value: float | None) -> float:
+    """Orders what was not measured first."""
+    return -1.0 if value is None else value
+
+
+# --- decoding
+
+
+def decoding(result: Result | None) -> Section:
+    """decode_lm.json."""
+    rows = [] if result is None else [row for row in result["rows"] if row["speedup"] is not None]
+
+    def of(own: str, peer: str) -> list[Result]:
+        return [row for row in rows if row["pair"] == [f"ours-{own}", peer]]
+
+    def speedups(own: str, peer: str) -> list[float]:
+        return [row["speedup"] for row in of(own, peer)]
+
+    recurrent = [
+        [row for row in of(*pair) if row["batch"] == batch]
+        for pair in (("retention", "torchscale"), ("mamba2", "mamba2"))
+        for batch in sorted({row["batch"] for row in rows})
+    ]
+    flat = [some[-1]["ours_median"] / some[0]["ours_median"] for some in recurrent if some]
+    floors = [row["ours_median"] / row["floor_ms"] for row in rows if row["batch"] == 1]
+    promises = [
+        promise("gate", "attention no slower than a plain loop over a ready cache", speedups("attention", "loop"), 1),
+        promise("gate", "retention 1.5x as fast as torchscale's", speedups("retention", "torchscale"), 1.5),
+        promise("gate", "Mamba-2 2x as fast as transformers'", speedups("mamba2", "mamba2"), 2),
+        promise("gate", "recurrent mixers flat: longest context at most 1.1x the shortest", flat, most=1.1),
+        promise("goal", "batch 1 within 1.5x of the floor", floors, most=1.5),
+        promise("goal", "retention 2x as fast as torchscale's", speedups("retention", "torchscale"), 2),
+        promise("goal", "Mamba-2 3x as fast as transformers'", speedups("mamba2", "mamba2"), 3),
+    ]  # fmt: skip
+    about = (
+        "One token of the language models above, after a context. The floor is what a step must read, weights and "
+        "State, over the measured memory bandwidth."
+    )
+    section = Section("Decoding a language model", about, promises)
+    if result is None:
+        return section
+    lines = []
+    for row in result["rows"]:
+        own, peer = (name.removeprefix("ours-") for name in row["pair"])
+        head = (own, peer, str(row["batch"]), f"{row['context']:,}")
+        if row["speedup"] is None:
+            lines.append((*head, "", "", "", reason(row)))
+            continue
+        section.bars[f"{own} against {peer}, batch {row['batch']}, context {row['context']:,}"] = row["speedups"]
+        of_floor = f"{row['floor_ms'] / row['ours_median']:.0%}"
+        times = (f"{row['ours_median']:.2f}", of_floor, f"{row['peer_median']:.2f}")
+        lines.append((*head, *times, spread(row["speedups"])))
+    heads = ("ours", "peer", "batch", "context", "ms, ours", "floor / ours", "ms, peer's", "ratio (range)")
+    section.table, section.origin = table(heads, lines), origin(result)
+    return section
+
+
+# --- quality, size, start-up, growth, layers, GPU
+
+
+def quality(peer: Result | None) -> Section:
+    """The stored study of Multi30k, and multi30k_marian.json."""
+    study = RESULTS / "multi30k"
+    rows: list[tuple[str, float, float, str]] = []
+    origins = []
+    if (study / "results.csv").exists():
+        report = json.loads((study / "report.json").read_text(encoding="utf-8"))
+        origins.append(origin(report))
+        threads = report["environment"]["threads"]
+        with (study / "results.csv").open(encoding="utf-8", newline="") as lines:
+            rows += [
+                (f"ours, {row['candidate']}", float(row["bleu"]), float(row["training_seconds"]), threads)
+                for row in csv.DictReader(lines)
+            ]
+    best = {
+        minutes: max((bleu for _, bleu, s, _ in rows if s <= 60 * minutes), default=None) for minutes in (10, 20, 30)
+    }
+    if peer is not None:
+        score, seconds = peer["scores"]["bleu"]["score"], peer["training"]["seconds"]
+        rows.append(("transformers' Marian, plain loop", score, seconds, str(peer["environment"]["threads"])))
+        origins.append(origin(peer))
+    promises = [
+        promise("gate", "30 BLEU at 30 minutes", [best[30]], 30),
+        promise("goal", "20 BLEU at 10 minutes", [best[10]], 20),
+        promise("goal", "30 BLEU at 20 minutes", [best[20]], 30),
+        promise("goal", "35 BLEU at 30 minutes", [best[30]], 35),
+    ]
+    about = (
+        "Multi30k, English to German, raw text, sacreBLEU 13a on test_2016_flickr, beam 5. Reached is the best of our "
+        "stored runs that trained no longer."
+    )
+    values = [(name, f"{bleu:.2f}", f"{seconds:,.0f}", threads) for name, bleu, seconds, threads in rows]
+    heads = ("system", "BLEU", "training, s", "threads")
+    lines = table(heads, values) if values else ""
+    return Section("Time to quality", about, promises, lines, origin="\n\n".join(origins))
+
+
+def smaller() -> Section:
+    """Quantised models have no benchmark yet."""
+    promises = [promise("goal", "int8 and int4 weights, int8 compute and cache, with the quality lost stated")]
+    return Section("Smaller models", "Quantised weights, compute and caches.", promises)
+
+
+def startup(result: Result | None) -> Section:
+    """startup.json."""
+    times = {} if result is None else result["median_seconds"]
+    first, torch = times.get("first translation"), times.get("import torch")
+    beyond = None if first is None or torch is None else first - torch
+    promises = [
+        promise("gate", "`trilemma --help` within 0.3 s", [times.get("trilemma --help")], most=0.3),
+        promise("gate", "`import trilemma` within 0.5 s", [times.get("import trilemma")], most=0.5),
+        promise("gate", "first translation of a cold command within 1 s beyond `import torch`", [beyond], most=1.0),
+    ]
+    rows = [(f"`{name}`", f"{seconds:.2f}") for name, seconds in times.items()]
+    lines = table(("whole process", "seconds"), rows) if rows else ""
+    about = "Whole processes in turns; the model that translates has 4+4 layers, 128 wide."
+    return Section("Start-up", about, promises, lines, origin=origin(result) if result else "")
+
+
+def growth(result: Result | None) -> Section:
+    """growth.json."""
+    rows = [] if result is None else [row for row in result["rows"] if row["points"]]
+    promises = [
+        promise("goal", "text prepared at 1 GB an hour a core, in constant memory"),
+        promise("goal", "loading data takes no more than 3 % of a training step"),
+    ]
+    about = (
+        "One layer, 512 wide, trained on the same number of tokens in rows of 256 to 16,384. An exponent is the slope "
+        "of the logarithms over all lengths, in brackets over the longer half: 0 says that a token costs the same at "
+        "every length."
+    )
+    section = Section("Growth with the length", about, promises)
+    for row in rows:
+        section.curves[row["mixer"]] = [
+            (point["length"], point["us_per_token"], point["memory_growth_bytes"]) for point in row["points"]
+        ]
+    if result is not None:
+        heads = ("mixer", "us a token", "exponent of time", "memory, MB", "exponent of memory")
+        section.table, section.origin = table(heads, (growing(row) for row in result["rows"])), origin(result)
+    return section
+
+
+def growing(row: Result) -> tuple[str, ...]:
+    """Shortest and longest length, and exponents."""
+    if not row["points"]:
+        return row["mixer"], reason(row), "", "", ""
+    cells = [row["mixer"]]
+    for name, shown in (("us_per_token", "{:.3g}".format), ("memory_growth_bytes", megabytes)):
+        ends = [shown(row["points"][at][name]) for at in (0, -1)]
+        slopes = row["exponents"][name]
+        cells += [" to ".join(ends), f"{slopes['all']:.2f} ({slopes['longer half']:.2f})"]
+    return tuple(cells)
+
+
+def layers(result: Result | None) -> Section:
+    """mixers_speed.json; its growth is shown by the section before."""
+    about = (
+        "One mixer layer alone: `train` is forward and backward in bfloat16, `step` one token with a State in float32."
+    )
+    section = Section("One layer", about, [])
+    if result is None:
+        section.table = NOT_MEASURED
+        return section
+    rows = []
+    for row in (row for row in result["rows"] if row["task"] != "growth"):
+        head = (row["case"], row["task"])
+        if row["speedup"] is None:
+            rows.append((*head, "", "", reason(row)))
+            continue
+        section.bars[", ".join(head)] = row["speedups"]
+        rows.append((*head, f"{row['ours_median']:.3g}", f"{row['peer_median']:.3g}", spread(row["speedups"])))
+    heads = ("layer", "task", "ms, ours", "ms, peer's", "ratio (range)")
+    section.table, section.origin = table(heads, rows), origin(result)
+    return section
+
+
+def gpu() -> Section:
+    """No stored results yet."""
+    about = "Models of 124 M to 6.7 B weights, in shares of what the card can do."
+    promises = [
+        promise("goal", "124 M, 350 M and 1.3 B dense models train at 0.45, 0.48 and 0.50 of the card's FLOP/s"),
+        promise("goal", "linear mixers train at 0.40 of it"),
+        promise("goal", "decoding at batch 1 reaches 0.80 of the memory bandwidth"),
+    ]
+    return Section("GPU", about, promises)
+
+
+# --- files
+
+
+def stored(name: str) -> Result | None:
+    """The result of this name."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def main() -> None:
+    """Writes the page and its pictures, and removes pictures that it no longer shows."""
+    found = sections()
+    PAGE.write_text(page(found), encoding="utf-8")
+    for name, section in found.items():
+        file = IMAGES / f"{name}.png"
+        if not section.bars and not section.curves:
+            file.unlink(missing_ok=True)
+            continue
+        with style():
+            file.write_bytes(image(bars(section) if section.bars else curves(section), "png"))
+
+
+if __name__ == "__main__":
+    main()
