@@ -112,6 +112,19 @@ def test_same_greedy_tokens(pair: tuple[str, Any, LoadedRun]) -> None:
         assert found[0].tokens + end == wanted
 
 
+@pytest.mark.parametrize("name", ["qwen3-yarn", "qwen3-next", "kimi-linear"])
+@torch.no_grad()
+def test_longer_than_a_chunk(name: str, tmp_path: Path) -> None:
+    """Recurrences go on over chunks of 64, and scaled rotations far beyond the first length."""
+    theirs = make(CASES[name], tmp_path / "hf", max_position_embeddings=256)
+    model = load_run(import_model(tmp_path / "hf", tmp_path / "run").path).model
+    line = torch.tensor(rows(5, [150]))
+    want = theirs(input_ids=line).logits
+    close(model.head(model(line)), want)
+    _, state = model.step(line[:, :97], model.begin(1))
+    close(model.step(line[:, 97:], state)[0], want[:, 97:])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_weight_is_accounted_for(name: str, tmp_path: Path) -> None:
     make(CASES[name], tmp_path / "hf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -100,20 +101,36 @@ def test_older_files_say_the_same() -> None:
             r'config\.json: rope_parameters: the key "low_freq_factor" is missing',
         ),
         ({"type": "linear"}, 'rope_parameters: the key "factor" is missing'),
-        ({"type": "linear", "factor": 0.5}, "rope_parameters: rotary_scaling: factor must be .* at least 1, found 0.5"),
+        ({"type": "linear", "factor": 0.5}, "rope_parameters: rotary_scaling: factor must be from 1 to 1e6, found 0.5"),
         ({"type": "linear", "factor": "big"}, "factor: float is needed, found 'big'"),
         ({**PUBLISHED["llama 3.1"], "high_freq_factor": 1.0}, "0 < low < high is needed, found 1.0 and 1.0"),
         ({**PUBLISHED["qwen 2.5"], "original_max_position_embeddings": 0}, "1 or more is needed, found 0"),
         ({"rope_type": "dynamic", "factor": 2.0}, 'rope_type "dynamic" cannot be honoured: it turns every token'),
         ({"rope_type": "longrope"}, 'rope_type "longrope" cannot be honoured: .* have to be turned anew'),
         ({"rope_type": "proportional"}, 'rope_type "proportional" cannot .*; only default, linear, llama3, yarn can'),
-        ({"mrope_section": [1, 2]}, 'the key "mrope_section" is not known for rope_type "default"'),
+        ({"mrope_section": [1, 2]}, 'rope_parameters: the key "mrope_section" .* is not known .* remove it from'),
         ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only"),
     ],
 )
 def test_what_cannot_be_honoured_is_named(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(parameters)
+
+
+def test_how_far_a_model_reads() -> None:
+    """Users of yarn add it to a file whose max_position_embeddings is still the length before."""
+    lengths = {"qwen 2.5": 4 * 32768, "yarn without a factor": 4096, "llama 3.1": 4096, "linear": 4096}
+    for name, wanted in lengths.items():
+        values = {"model_type": "llama", "max_position_embeddings": 4096, "rope_scaling": PUBLISHED[name]}
+        assert understand(values, "config.json")[1].model.max_length == wanted, name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_value_of_any_key_gives_a_traceback(name: str) -> None:
+    for key in {**PUBLISHED[name], "rope_theta": 1.0, "partial_rotary_factor": 1.0}:
+        for value in (None, 0, -1, 0.5, 1e308, float("nan"), float("inf"), True, "x", [None], {}):
+            with contextlib.suppress(ConfigError):
+                read({**PUBLISHED[name], key: value})
 
 
 def test_two_sections_that_differ_are_refused() -> None:

@@ -62,10 +62,13 @@ class Keys:
 
     Args:
         values: its content. where: the file, for messages. ignored: keys that the user declares to be harmless.
+        inner: of an object within it, whose keys `--ignore` does not reach.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> None:
-        self.values, self.where = values, where
+    def __init__(
+        self, values: Mapping[str, Any], where: str, ignored: Collection[str] = (), inner: bool = False
+    ) -> None:
+        self.values, self.where, self._inner = values, where, inner
         self._seen = {*_METADATA.split(), *_DROPOUT.split(), *IDS, *GENERATION, *ignored}
 
     def take(self, name: str, default: T) -> T:
@@ -122,13 +125,18 @@ class Keys:
         """Crosses off keys that change nothing in this family."""
         self._seen.update(names)
 
+    def within(self, name: str) -> Keys:
+        """The object under a key, empty where it is absent."""
+        return Keys(self.take(name, {}), f"{self.where}: {name}", inner=True)
+
     def finish(self) -> None:
         """Refuses a key that nobody has read: what it changes is unknown."""
         for name, value in self.values.items():
             if name not in self._seen:
+                mend = "remove it from the file" if self._inner else f"import with --ignore {name}"
                 raise ConfigError(
                     f'{self.where}: the key "{name}" ({value!r}) is not known for this family of models, so what it '
-                    f"changes cannot be honoured; if it changes nothing, import with --ignore {name}"
+                    f"changes cannot be honoured; if it changes nothing, {mend}"
                 )
 
     def untaken(self) -> list[str]:

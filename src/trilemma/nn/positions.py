@@ -64,7 +64,7 @@ class RotaryScaling:
 
     Attributes:
         kind: linear, llama3 or yarn.
-        factor: 1 or more.
+        factor: from 1 to a million.
         original_length: in tokens; needed by llama3 and yarn.
         low: turns within original_length up to which a pair is slowed down by the whole factor.
         high: turns from which it keeps its speed; None: 4 with llama3, 32 with yarn.
@@ -86,8 +86,8 @@ class RotaryScaling:
     magnitude: float | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.factor < math.inf:
-            raise ConfigError(f"rotary_scaling: factor must be a number of at least 1, found {self.factor}")
+        if not 1 <= self.factor <= 1e6:
+            raise ConfigError(f"rotary_scaling: factor must be from 1 to 1e6, found {self.factor}")
         if self.kind != "linear" and (self.original_length is None or self.original_length < 1):
             raise ConfigError(f"rotary_scaling: {self.kind} needs an original_length, found {self.original_length}")
         if not 0 < self.low < self.turns_kept:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from trilemma.config import ModelConfig, RunConfig
-from trilemma.errors import CapabilityError
+from trilemma.errors import CapabilityError, ConfigError
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import Rule, Weight
 from trilemma.mixers.attention import Attention
@@ -108,6 +108,14 @@ def decoder_rules(model: ModelConfig, centred: bool = False) -> list[Rule]:
             Weight(f"{ours}.1.part.down.weight", f"{theirs}.mlp.down_proj.weight"),
         ]
     return rules
+
+
+def check_layer_types(keys: Keys, types: Sequence[object], layers: int, *known: str) -> None:
+    """Refuses `layer_types` of which there is not one for each layer, or one is not known."""
+    unknown = [kind for kind in types if kind not in known]
+    if unknown or len(types) != layers:
+        shown = f'"{unknown[0]}"' if unknown else f"{len(types)} entries for {layers} layers"
+        raise ConfigError(f"{keys.where}: layer_types: {shown} cannot be honoured")
 
 
 def named(choices: Mapping[str, str], ours: str, family: str) -> str:

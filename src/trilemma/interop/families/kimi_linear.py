@@ -6,7 +6,7 @@ from typing import Any
 
 from trilemma.config import MixerSpec, ModelConfig, RunConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.interop.families.base import Blueprint, Family, decoder_rules, require
+from trilemma.interop.families.base import Blueprint, Family, check_layer_types, decoder_rules, require
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import Rule, Weight, Zeros
 from trilemma.mixers.kda import KimiDeltaAttention
@@ -36,7 +36,7 @@ def _read(keys: Keys) -> Blueprint:
     _refuse_experts(keys, layers)
     keys.skip(*_WITHOUT_EFFECT)
     epsilon = keys.take("rms_norm_eps", 1e-5)
-    linear = Keys(keys.take("linear_attn_config", {}), f"{keys.where}: linear_attn_config")
+    linear = keys.within("linear_attn_config")
     types = _types(keys, linear, layers)
     kda: dict[str, Any] = {
         "name": "kda",
@@ -108,10 +108,7 @@ def _types(keys: Keys, linear: Keys, layers: int) -> list[str]:
         types = [_FULL if i in full else _LINEAR for i in range(1, layers + 1)]
     if types is None:
         types = [_FULL if i and i % 4 == 0 else _LINEAR for i in range(layers)]
-    unknown = [kind for kind in types if kind not in (_LINEAR, _FULL)]
-    if unknown or len(types) != layers:
-        shown = f'"{unknown[0]}"' if unknown else f"{len(types)} entries for {layers} layers"
-        raise ConfigError(f"{keys.where}: layer_types: {shown} cannot be honoured")
+    check_layer_types(keys, types, layers, _LINEAR, _FULL)
     return types
 
 

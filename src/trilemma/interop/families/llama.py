@@ -9,8 +9,16 @@ from torch import Tensor
 
 from trilemma.config import MixerSpec, ModelConfig, RunConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.interop.families.base import GATED_ACTIVATIONS, Blueprint, Family, decoder_rules, named, require
-from trilemma.interop.families.rotary import read_rotary, write_rotary
+from trilemma.interop.families.base import (
+    GATED_ACTIVATIONS,
+    Blueprint,
+    Family,
+    check_layer_types,
+    decoder_rules,
+    named,
+    require,
+)
+from trilemma.interop.families.rotary import reach, read_rotary, write_rotary
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import LeftOut, Rule, Weight, Zeros
 from trilemma.mixers.attention import Attention
@@ -36,13 +44,14 @@ def _read(keys: Keys) -> Blueprint:
         raise ConfigError(f"{keys.where}: rms_norm_eps is {epsilon}; with query and key norms only 1e-06 is honoured")
     keys.skip("is_llama_config")
     max_length = keys.size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768))
+    rotary = read_rotary(keys, max_length)
     common: dict[str, Any] = {
         "name": "attention",
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "position": "rotary",
         "rotary_interleaved": False,
-        **read_rotary(keys, max_length),
+        **rotary,
         "qk_norm": qk_norm,
         "bias": bias,
     }
@@ -61,7 +70,7 @@ def _read(keys: Keys) -> Blueprint:
         activation=keys.choose("hidden_act", GATED_ACTIVATIONS, "silu"),
         bias=keys.take("mlp_bias", False) if kind == "llama" else False,
         positions="none",
-        max_length=max_length,
+        max_length=reach(rotary, max_length),
         embedding_scale=False,
         tie_embeddings=keys.take("tie_word_embeddings", False),
         dropout=0.0,
@@ -81,10 +90,7 @@ def _windows(keys: Keys, kind: str, layers: int) -> list[int | None]:
         raise ConfigError(f"{keys.where}: sliding_window: 1 or more is needed, found {window}")
     if types is None:
         types = [_SLIDING if window and i >= first else _FULL for i in range(layers)]
-    unknown = [shown for shown in types if shown not in (_FULL, _SLIDING)]
-    if unknown or len(types) != layers:
-        shown = f'"{unknown[0]}"' if unknown else f"{len(types)} entries for {layers} layers"
-        raise ConfigError(f"{keys.where}: layer_types: {shown} cannot be honoured")
+    check_layer_types(keys, types, layers, _FULL, _SLIDING)
     if _SLIDING in types and window is None:
         raise ConfigError(
             f"{keys.where}: layer_types: {_SLIDING} needs a sliding_window, which is absent or not in use"

@@ -8,8 +8,8 @@ import torch
 
 from trilemma.config import MixerSpec, ModelConfig, RunConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.interop.families.base import Blueprint, Family, decoder_rules, require
-from trilemma.interop.families.rotary import read_rotary, write_rotary
+from trilemma.interop.families.base import Blueprint, Family, check_layer_types, decoder_rules, require
+from trilemma.interop.families.rotary import reach, read_rotary, write_rotary
 from trilemma.interop.keys import Keys
 from trilemma.interop.weights import LeftOut, Rule, Weight
 from trilemma.mixers.attention import Attention
@@ -33,13 +33,14 @@ def _read(keys: Keys) -> Blueprint:
     if _FULL in types and epsilon != _QK_EPSILON:
         raise ConfigError(f"{keys.where}: rms_norm_eps is {epsilon}; with query and key norms only 1e-06 is honoured")
     head_dim, max_length = keys.size("head_dim", 256), keys.size("max_position_embeddings", 32768)
+    rotary = read_rotary(keys, max_length, head_dim)
     attention: dict[str, Any] = {
         "name": "attention",
         "num_kv_heads": keys.size("num_key_value_heads", 2),
         "head_dim": head_dim,
         "position": "rotary",
         "rotary_interleaved": False,
-        **read_rotary(keys, max_length, head_dim),
+        **rotary,
         "qk_norm": True,
         "output_gate": True,
         "bias": keys.take("attention_bias", False),
@@ -59,7 +60,7 @@ def _read(keys: Keys) -> Blueprint:
         activation="swiglu",
         bias=False,
         positions="none",
-        max_length=max_length,
+        max_length=reach(rotary, max_length),
         embedding_scale=False,
         tie_embeddings=keys.take("tie_word_embeddings", False),
         dropout=0.0,
@@ -73,10 +74,7 @@ def _types(keys: Keys, layers: int) -> list[str]:
     types = keys.maybe("layer_types", list)
     if types is None:
         return [_LINEAR if (i + 1) % interval else _FULL for i in range(layers)]
-    unknown = [kind for kind in types if kind not in (_LINEAR, _FULL)]
-    if unknown or len(types) != layers:
-        shown = f'"{unknown[0]}"' if unknown else f"{len(types)} entries for {layers} layers"
-        raise ConfigError(f"{keys.where}: layer_types: {shown} cannot be honoured")
+    check_layer_types(keys, types, layers, _LINEAR, _FULL)
     return types
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from trilemma.errors import ConfigError
@@ -11,16 +12,7 @@ from trilemma.mixers.attention import Attention
 from trilemma.nn.positions import RotaryScaling
 
 _ORIGINAL = "original_max_position_embeddings"
-# Keys of each type beside its name, the base and the rotated share.
-_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        *("factor", _ORIGINAL, "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
-    ),
-}
+_KINDS = ("default", "linear", "llama3", "yarn")
 _BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -36,13 +28,12 @@ def read_rotary(keys: Keys, max_length: int, head_dim: int | None = None) -> dic
     """
     keys.only("rope_interleaved", False)
     keys.only("use_mrope", False)
-    new: dict[str, Any] = dict(keys.take("rope_parameters", {}))
-    old: dict[str, Any] = dict(keys.take("rope_scaling", {}))
-    if new and old and new != old:
+    new, old = keys.within("rope_parameters"), keys.within("rope_scaling")
+    if new.values and old.values and new.values != old.values:
         raise ConfigError(f"{keys.where}: rope_parameters and rope_scaling say different things; keep one of them")
-    section = "rope_scaling" if old else "rope_parameters"
-    found = Keys(old or new, f"{keys.where}: {section}")
+    found = old if old.values else new
     kind = found.take("rope_type", found.take("type", "default"))
+    found.skip("rope_theta")
     theta = found.values.get("rope_theta", keys.take("rope_theta", 10000.0))
     if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
         raise ConfigError(f"{keys.where}: rope_theta: a number above 0 is needed, found {theta!r}")
@@ -64,18 +55,28 @@ def read_rotary(keys: Keys, max_length: int, head_dim: int | None = None) -> dic
             f'{found.where}: rope_type "{kind}" cannot be honoured: it turns every token by an angle that depends on '
             "how long the text has become, so that tokens read earlier would have to be turned anew"
         )
-    if kind not in _KEYS:
-        raise ConfigError(f'{found.where}: rope_type "{kind}" cannot be honoured; only {", ".join(_KEYS)} can')
-    for name in found.values:
-        if name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):
-            raise ConfigError(f'{found.where}: the key "{name}" is not known for rope_type "{kind}"')
+    if kind not in _KINDS:
+        raise ConfigError(f'{found.where}: rope_type "{kind}" cannot be honoured; only {", ".join(_KINDS)} can')
     scaling = _scaling(found, kind, max_length)
+    found.finish()
     if scaling is not None:
         try:
             RotaryScaling(**scaling)
         except ConfigError as error:
             raise ConfigError(f"{found.where}: {error}") from None
     return {"rotary_base": float(theta), "rotary_scaling": scaling, **rotated}
+
+
+def reach(rotary: Mapping[str, Any], max_length: int) -> int:
+    """How far a model reads: with yarn, files may still state the length before the scaling.
+
+    Args:
+        rotary: what `read_rotary` returned. max_length: the file's max_position_embeddings.
+    """
+    scaling = rotary["rotary_scaling"]
+    if scaling is None or scaling["kind"] != "yarn":
+        return max_length
+    return max(max_length, int(scaling["original_length"] * scaling["factor"]))
 
 
 def _scaling(found: Keys, kind: str, max_length: int) -> dict[str, Any] | None:
