@@ -33,7 +33,7 @@ def tuned(start: Path, out: Path, data: dict[str, Any], examples: list[Any], **m
     return trilemma.load(out)
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba2"])
+@pytest.mark.parametrize("name", ["llama", "mamba2", "qwen3-next", "kimi-linear"])
 def test_a_language_model_goes_on_with_other_text(name: str, tmp_path: Path) -> None:
     make(CASES[name], tmp_path / "hf")
     start = trilemma.load(import_model(tmp_path / "hf", tmp_path / "start").path)
