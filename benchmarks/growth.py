@@ -31,7 +31,7 @@ from trilemma.measure.memory import PeakMemory
 from trilemma.registry import available_mixers, mixer_class
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-TINY_LENGTHS = (16, 32, 64, 128)
+TINY_LENGTHS = (32, 64, 128)
 PACKAGES = ("torch", "trilemma")
 FIELDS = ("us_per_token", "memory_growth_bytes")
 

@@ -11,25 +11,22 @@ import csv
 import json
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from speed_parts import (
     NOT_MEASURED,
-    Promise,
     Result,
     Section,
     bars,
     curves,
-    median,
     megabytes,
     origin,
     promise,
     reason,
     spread,
     table,
-)  # fmt: skip
+)
+from speed_training import train_lm, train_seq2seq
 
 from trilemma.compare.plots import image, style
 
@@ -38,7 +35,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "speed.md"
 IMAGES = ROOT / "docs" / "images"
 MARK = "<!-- Made by benchmarks/speed_page.py from benchmarks/results: run the benchmarks instead of editing. -->"
-MODES = ("eager", "compiled")
 CASES = ("32x1", "32x4", "1x1", "1x4")  # rows x beam
 
 INTRO = """\
@@ -77,122 +73,6 @@ def page(found: dict[str, Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- training steps
-
-
-Key = tuple[str, str, str]  # ours, peer, mode
-
-
-def train_lm(result: Result | None) -> Section:
-    """train_step_lm.json."""
-    attention = [("ours-attention", peer, mode) for mode in MODES for peer in ("llama", "litgpt")]
-    retention = [("ours-retention", "torchscale", mode) for mode in MODES]
-    mamba2 = [("ours-mamba2", "mamba2", mode) for mode in MODES]
-    keys = attention + retention + mamba2
-    duels = measured_duels(result)
-    both = each(duels, attention + retention, ratio)
-    compiled = [key for key in keys if key[2] == "compiled"]
-    shares = each(duels, compiled[:3], lambda duel: share(result, duel))
-    promises = [
-        promise("gate", "attention and retention faster than every peer, in the same mode", both, 1),
-        promise("gate", "Mamba-2 2x as fast as transformers'", each(duels, mamba2, ratio), 2),
-        promise("goal", "attention and retention 1.25x as fast", both, 1.25),
-        promise("goal", "Mamba-2 3x as fast", each(duels, mamba2, ratio), 3),
-        promise("goal", "attention and retention, compiled, at 0.70 of the bfloat16 ceiling", shares, 0.7),
-        promise("goal", "less memory for training than every peer, theirs over ours", each(duels, keys, memory), 1),
-        promise("goal", "the first compiled step within 15 s", each(duels, compiled, cold), most=15),
-    ]  # fmt: skip
-    about = (
-        "Decoder-only: vocabulary 8,192, d_model 384, 6 layers, 6 heads, length 512, batch 8, bfloat16 over float32 "
-        "weights, AdamW. Peers: transformers' Llama and Mamba-2, litgpt, torchscale's RetNet."
-    )
-    return training("Training step of a language model", about, promises, result)
-
-
-def train_seq2seq(result: Result | None) -> Section:
-    """train_step_seq2seq.json."""
-    duels = measured_duels(result)
-    opennmt = each(duels, [("ours", "opennmt", mode) for mode in MODES], ratio)
-    promises = [
-        promise("gate", "faster than OpenNMT-py, in the same mode", opennmt, 1),
-        promise("goal", "1.15x as fast as OpenNMT-py", opennmt, 1.15),
-        promise("goal", "on real lengths no more than 5 % of the compute goes to padding"),
-    ]
-    about = (
-        "Encoder-decoder: 6+6 layers, 512 wide, d_ff 2,048, vocabulary 16,000, 64 rows of 32+32 tokens, bfloat16 over "
-        "float32 weights, AdamW; tokens of both sides count. Peers: OpenNMT-py, JoeyNMT, transformers' Marian, "
-        "torch.nn.Transformer."
-    )
-    return training("Training step of an encoder-decoder", about, promises, result)
-
-
-def training(title: str, about: str, promises: list[Promise], result: Result | None) -> Section:
-    """A section made of duels."""
-    section = Section(title, about, promises)
-    if result is None:
-        return section
-    rows = []
-    for duel in result["duels"]:
-        head = (duel["mode"], duel["ours"].removeprefix("ours-"), duel["peer"])
-        if duel["speedup"] is None:
-            rows.append((*head, *[""] * 6, reason(duel)))
-            continue
-        section.bars[f"{head[1]} against {head[2]}, {head[0]}"] = duel["speedups"]
-        own, peer = duel["ours_runs"], duel["peer_runs"]
-        of_ceiling = share(result, duel)
-        theirs = None if of_ceiling is None else of_ceiling * duel["ours_median"] / duel["peer_median"]
-        rows.append(
-            (
-                *head,
-                *(f"{median(runs, 'tokens_per_second'):,.0f}" for runs in (own, peer)),
-                *(NOT_MEASURED if value is None else f"{value:.0%}" for value in (of_ceiling, theirs)),
-                *(megabytes(median(runs, "memory_growth_bytes")) for runs in (own, peer)),
-                spread(duel["speedups"]),
-            )
-        )
-    heads = (
-        "mode", "ours", "peer", "tokens/s, ours", "peer's", "of the ceiling, ours", "peer's", "memory, MB, ours",
-        "peer's", "ratio (range)",
-    )  # fmt: skip
-    section.table, section.origin = table(heads, rows), origin(result)
-    return section
-
-
-def measured_duels(result: Result | None) -> dict[Key, Result]:
-    """Those that have a ratio."""
-    duels = [] if result is None else result["duels"]
-    return {(duel["ours"], duel["peer"], duel["mode"]): duel for duel in duels if duel["speedup"] is not None}
-
-
-def each(duels: dict[Key, Result], keys: Sequence[Key], value: Callable[[Result], Any]) -> list[Any]:
-    """The value of each duel; None for what was not measured."""
-    return [value(duels[key]) if key in duels else None for key in keys]
-
-
-def ratio(duel: Result) -> float:
-    return float(duel["speedup"])
-
-
-def memory(duel: Result) -> float | None:
-    """Theirs over ours."""
-    own, peer = (median(duel[side], "memory_growth_bytes") for side in ("ours_runs", "peer_runs"))
-    return None if own is None or peer is None else peer / own
-
-
-def cold(duel: Result) -> float | None:
-    """Seconds of our first step with nothing compiled yet."""
-    times = duel.get("cold_first_step_s")
-    return None if times is None else float(times[0])
-
-
-def share(result: Result | None, duel: Result) -> float | None:
-    """Our matrix products a second, of the bfloat16 ceiling of the same run."""
-    flops = duel["ours_runs"][0].get("flops")
-    if result is None or flops is None:
-        return None
-    return float(flops / duel["ours_median"] / 1e6 / result["ceilings"]["bfloat16_gflops"])
-
-
 # --- translation
 
 
@@ -213,14 +93,19 @@ def translation(result: Result | None) -> Section:
     def middle(case: str, system: str) -> float | None:
         return statistics.median(values) if (values := ratios(case, system)) else None
 
+    def room(case: str) -> float | None:
+        own, peer = fastest(case, "ours"), fastest(case, "ctranslate2")
+        return None if own is None or peer is None else peer["memory_growth_bytes"] / own["memory_growth_bytes"]
+
     best = [middle(case, "ctranslate2") for case in CASES]
+    held = [room(case) for case in CASES]
     bf16 = [middle(case, "transformers-bfloat16") for case in CASES if case.endswith("x4")]
     promises = [
         promise("gate", "2x transformers in bfloat16 at beam 4", bf16, 2),
         promise("gate", "faster than CTranslate2's best mode in two of the four cases", sorted(best, key=key)[-2:], 1),
         promise("goal", "1.2x CTranslate2's best mode in all four", best, 1.2),
         promise("goal", "in reduced precision within 0.2 BLEU on a trained model"),
-        promise("goal", "memory beyond torch's no more than CTranslate2's beyond Python's"),
+        promise("goal", "memory beyond torch's no more than CTranslate2's beyond Python's, theirs over ours", held, 1),
     ]  # fmt: skip
     about = (
         "Encoder-decoder, 6+6 layers, 512 wide, the same random weights in all formats, 20 tokens into 20. Beside "
@@ -237,8 +122,10 @@ def translation(result: Result | None) -> Section:
             section.bars[f"{system}, {case}"] = values
         same = "" if row["same_outputs"] is None else f"{row['same_outputs']:.1%}"
         ms = row["ms_per_sentence"]
-        lines.append((case, system, f"{ms:.1f}", f"{1e3 / ms:.1f}", megabytes(row["peak_bytes"]), same, spread(values)))
-    heads = ("rows x beam", "system", "ms a sentence", "sentences/s", "peak, MB", "same tokens", "ratio (range)")
+        lines.append(
+            (case, system, f"{ms:.1f}", f"{1e3 / ms:.1f}", megabytes(row["memory_growth_bytes"]), same, spread(values))
+        )
+    heads = ("rows x beam", "system", "ms a sentence", "sentences/s", "memory, MB", "same tokens", "ratio (range)")
     section.table, section.origin = table(heads, lines), origin(result)
     return section
 
@@ -312,10 +199,10 @@ def quality(peer: Result | None) -> Section:
         report = json.loads((study / "report.json").read_text(encoding="utf-8"))
         origins.append(origin(report))
         threads = report["environment"]["threads"]
-        with (study / "results.csv").open(encoding="utf-8", newline="") as lines:
+        with (study / "results.csv").open(encoding="utf-8", newline="") as file:
             rows += [
                 (f"ours, {row['candidate']}", float(row["bleu"]), float(row["training_seconds"]), threads)
-                for row in csv.DictReader(lines)
+                for row in csv.DictReader(file)
             ]
     best = {
         minutes: max((bleu for _, bleu, s, _ in rows if s <= 60 * minutes), default=None) for minutes in (10, 20, 30)

@@ -132,7 +132,7 @@ def joeynmt(size: Size, compiled: bool, device: str) -> System:
     from joeynmt.vocabulary import Vocabulary
 
     names = ("unk", "pad", "bos", "eos")
-    special = {f"{name}_token": SPECIALS[index] for index, name in enumerate(names)}
+    special: dict[str, Any] = {f"{name}_token": SPECIALS[index] for index, name in enumerate(names)}
     special |= {f"{name}_id": index for index, name in enumerate(names)}
     words = [str(index) for index in range(len(SPECIALS), size.vocab_size)]
     vocabulary = Vocabulary(words, SimpleNamespace(**special, sep_token=None, lang_tags=[]))
@@ -196,6 +196,7 @@ class TorchTransformer(nn.Module):
             size.d_model, size.num_heads, size.num_layers, size.num_layers, size.d_ff, dropout=0.0, batch_first=True,
             norm_first=True,
         )  # fmt: skip
+        self.positions: Tensor
         angles = torch.arange(512)[:, None] * torch.exp(
             torch.arange(0, size.d_model, 2) * (-math.log(10000.0) / size.d_model)
         )
