@@ -1,4 +1,7 @@
-"""English-German spoken numbers, ordinals, years, dates, times and money, from num2words and Babel."""
+"""English-German spoken numbers, ordinals, years, dates, times and money, from num2words and Babel.
+
+Both are imported where they are used: every command imports this room, hardly one needs them.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from babel.dates import get_month_names
-from babel.numbers import format_currency, format_decimal
-from num2words import num2words
 
 from trilemma.data.order import Indices, hash_values, permutation
 from trilemma.errors import ConfigError, DataError, nearest
@@ -38,17 +38,26 @@ class _Kind:
 
 
 def _words(value: int, language: str, to: str = "cardinal") -> str:
+    from num2words import num2words
+
     return str(num2words(value, lang=language, to=to))
 
 
+def _euros(amount: float, language: str) -> str:
+    from num2words import num2words
+
+    return str(num2words(amount, lang=language, to="currency", currency="EUR"))
+
+
 def _cardinal(value: int, digits: bool) -> tuple[str, str]:
+    from babel.numbers import format_decimal
+
     english = format_decimal(value, locale="en") if digits else _words(value, "en")
     return english, _words(value, "de")
 
 
 def _ordinal(value: int, digits: bool) -> tuple[str, str]:
-    english = str(num2words(value, lang="en", to="ordinal_num")) if digits else _words(value, "en", "ordinal")
-    return english, _words(value, "de", "ordinal")
+    return _words(value, "en", "ordinal_num" if digits else "ordinal"), _words(value, "de", "ordinal")
 
 
 def _year(value: int, digits: bool) -> tuple[str, str]:
@@ -56,6 +65,8 @@ def _year(value: int, digits: bool) -> tuple[str, str]:
 
 
 def _date(value: int, digits: bool) -> tuple[str, str]:
+    from babel.dates import get_month_names
+
     date = _EPOCH + datetime.timedelta(days=value)
     month_en = get_month_names("wide", locale="en")[date.month]
     month_de = get_month_names("wide", locale="de")[date.month]
@@ -77,11 +88,10 @@ def _time(value: int, digits: bool) -> tuple[str, str]:
 
 
 def _money(value: int, digits: bool) -> tuple[str, str]:
+    from babel.numbers import format_currency
+
     amount = value / 100
-    german = str(num2words(amount, lang="de", to="currency", currency="EUR"))
-    if digits:
-        return format_currency(amount, "EUR", locale="en"), german
-    return str(num2words(amount, lang="en", to="currency", currency="EUR")), german
+    return format_currency(amount, "EUR", locale="en") if digits else _euros(amount, "en"), _euros(amount, "de")
 
 
 KINDS: dict[str, _Kind] = {

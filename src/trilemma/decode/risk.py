@@ -7,13 +7,16 @@ Freitag et al. 2022 (arXiv 2111.09388): utilities. The utility is chrF as sacreb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from sacrebleu.metrics.chrf import CHRF
 
 from trilemma.config import DecodingConfig
 from trilemma.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.chrf import CHRF
 
 
 def check_risk(config: DecodingConfig) -> None:
@@ -46,6 +49,8 @@ def expected_chrf(candidates: Sequence[str], weights: Sequence[float]) -> NDArra
     Returns:
         [n]; texts that are alike have the same value. An empty text agrees with nothing but another one.
     """
+    from sacrebleu.metrics.chrf import CHRF  # no other decoding waits for it
+
     chances: dict[str, float] = {}
     for text, weight in zip(candidates, weights, strict=True):
         chances[text] = chances.get(text, 0.0) + weight

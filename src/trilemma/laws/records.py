@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,21 @@ def _closure(files: set[Path]) -> set[Path]:
     while waiting:
         file = waiting.pop()
         found.add(file)
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module is not None:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            inner = [name.split(".") for name in names if name.startswith(_ROOMS)]
-            imported = {_PACKAGE.joinpath(*parts[1:]).with_suffix(".py") for parts in inner}
-            waiting |= {path for path in imported - found if path.is_file()}
+        waiting |= {path for path in _imported(file.read_bytes()) - found if path.is_file()}
     return found
+
+
+@lru_cache
+def _imported(source: bytes) -> frozenset[Path]:
+    """Where the modules of those rooms would lie that a file names in its imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    inner = [name.split(".") for name in names if name.startswith(_ROOMS)]
+    return frozenset(_PACKAGE.joinpath(*parts[1:]).with_suffix(".py") for parts in inner)
 
 
 def record(

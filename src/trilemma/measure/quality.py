@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
 
 from trilemma.data.languages import UNSPACED, language_code
 from trilemma.errors import ConfigError, DataError, nearest
@@ -120,6 +118,8 @@ def bleu(
     Raises:
         DataError: nothing to score, or sides of unequal length.
     """
+    from sacrebleu.metrics.bleu import BLEU  # imported where it is used: every command imports this room
+
     size = _paired(hypotheses, references)
     if tokenizer == "auto":
         tokenizer = bleu_tokenizer(language).name
@@ -140,6 +140,8 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     Raises:
         DataError: nothing to score, or sides of unequal length.
     """
+    from sacrebleu.metrics.chrf import CHRF
+
     size = _paired(hypotheses, references)
     metric = CHRF()
     value = float(metric.corpus_score(list(hypotheses), [list(references)]).score)
@@ -235,6 +237,8 @@ def from_segments(metric: str, segments: Array) -> float:
         raise ConfigError(f'no sufficient statistics for the metric "{metric}"{nearest(metric, known)}')
     sums = segments.sum(axis=0)
     if metric == "bleu":
+        from sacrebleu.metrics.bleu import BLEU
+
         counts = [round(value) for value in sums]
         return float(BLEU.compute_bleu(counts[2:6], counts[6:10], counts[0], counts[1], smooth_method="exp").score)
     ratio = float(sums[0] / sums[1])

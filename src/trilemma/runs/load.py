@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from trilemma.config import RunConfig
 from trilemma.data.tokenizer import Tokenizer
@@ -47,14 +50,31 @@ def load_run(
     config = directory.read_config()
     if config.model.vocab_size is None:
         raise CheckpointError(f"{directory.path}: config.yaml is not resolved: model.vocab_size is missing")
-    stored = torch.float64 if config.training.precision == "float64" else torch.float32
-    model = build_model(config.model).to(dtype=dtype or stored)
+    doubled = config.training.precision == "float64" and config.model.quantization is None
+    stored = torch.float64 if doubled else torch.float32
+    with _Undrawn():
+        model = build_model(config.model).to(dtype=dtype or stored)
     if checkpoint == "published":
         directory.load_model(model_tensors(model), cast=True)
     else:
         directory.load_checkpoint(_step(directory, checkpoint), model_tensors(model), cast=True)
     tokenizer = Tokenizer.parse(directory.read_tokenizer(), str(directory.tokenizer_path))
     return LoadedRun(model.to(device).eval(), tokenizer, config, directory)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Parameters made inside keep what their memory held: all are read from a file next, and random numbers would take
+    half of a model's loading time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            drawn = args[0] if args else kwargs["tensor"]
+            if isinstance(drawn if drawn._base is None else drawn._base, nn.Parameter):  # parts of one, too
+                return drawn
+        return func(*args, **kwargs)
 
 
 def _step(directory: RunDirectory, checkpoint: int | str) -> int:
