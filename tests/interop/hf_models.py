@@ -126,6 +126,12 @@ _NEXT = {
 }
 
 
+_QWEN35 = {
+    **{key: value for key, value in _NEXT.items() if key != "num_experts"},
+    **_rope(50.0, mrope_section=[1, 1, 0], mrope_interleaved=True, partial_rotary_factor=0.5),
+}
+
+
 CASES = {
     "llama": Case("LlamaForCausalLM", transformers.LlamaConfig, {**_LLAMA, **_rope(5000.0), "rms_norm_eps": 1e-5}),
     "llama-tied-biased": Case(
@@ -195,6 +201,16 @@ CASES = {
             "layer_types": ["full_attention", "linear_attention"] * 2,
             "num_experts": 4,
             "mlp_only_layers": [0, 1, 2, 3],
+        },
+    ),
+    "qwen3.5": Case("Qwen3_5ForCausalLM", transformers.Qwen3_5TextConfig, _QWEN35),
+    "qwen3.5-with-pictures": Case(
+        "Qwen3_5ForConditionalGeneration",
+        transformers.Qwen3_5Config,
+        {
+            "text_config": {**_QWEN35, "tie_word_embeddings": True},
+            "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2},
+            "tie_word_embeddings": True,
         },
     ),
     "qwen3-yarn": Case("Qwen3ForCausalLM", transformers.Qwen3Config, {**_LLAMA, **_rope(100.0, "yarn", **_YARN)}),

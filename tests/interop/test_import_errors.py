@@ -24,7 +24,8 @@ from trilemma.runs.load import load_run
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
-    for name in ("llama", "gpt2", "bert-classifier", "marian", "t5", "mamba2", "qwen3-next", "kimi-linear"):
+    names = ("llama", "gpt2", "bert-classifier", "marian", "t5", "mamba2", "qwen3-next", "kimi-linear")
+    for name in (*names, "qwen3.5-with-pictures"):
         make(CASES[name], folder / name)
     return folder
 
@@ -68,6 +69,8 @@ BAD_KEYS = [
     ("qwen3-next", {"linear_num_value_heads": 3}, "linear_num_value_heads is 3; only multiples of the keys' 2 can"),
     ("qwen3-next", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; with query and key norms only 1e-06"),
     ("qwen3-next", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "partial_rotary_factor is 0.2; an even number"),
+    ("qwen3.5-with-pictures", {"text_config": {"use_mamba": 1}}, 'text_config: the key "use_mamba" .* remove it from'),
+    ("qwen3.5-with-pictures", {"audio_config": {}}, 'the key "audio_config" .* --ignore audio_config'),
     ("kimi-linear", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, 'layer 1 is "sparse" .2 layers in all.*dense'),
     ("kimi-linear", {"mlp_layer_types": None}, 'mlp_layer_types: layer 1 is "sparse" .* or first_k_dense_replace 3'),
     ("kimi-linear", {"mlp_layer_types": ["dense"]}, "mlp_layer_types: 1 entries for 3 layers"),
@@ -163,6 +166,20 @@ PUBLISHED = {
         "mlp_only_layers": list(range(48)),
         "num_experts": 512,
         "norm_topk_prob": True,
+    },
+    "qwen3_5": {"text_config": {"model_type": "qwen3_5_text"}, "vision_config": {}, "image_token_id": 248056},
+    "qwen3_5_text": {
+        "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "full_attention_interval": 4,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
     },
     "kimi_linear": {
         "first_k_dense_replace": 27,

@@ -83,23 +83,24 @@ GATED_ACTIVATIONS = {
 }
 
 
-def decoder_rules(model: ModelConfig, centred: bool = False) -> list[Rule]:
+def decoder_rules(model: ModelConfig, base: str = "model", centred: bool = False) -> list[Rule]:
     """The map of what the decoders built like Llama have in common: all but their mixers, without the mlp's biases.
 
     Args:
         model: the architecture.
+        base: what their names begin with.
         centred: the norms' weights are stored less 1.
     """
     width, offset = model.d_ff or 0, 1.0 if centred else 0.0
     tied = ("lm_head.weight",) if model.tie_embeddings else ()
     rules: list[Rule] = [
-        Weight("embedding.tokens.weight", "model.embed_tokens.weight", aliases=tied),
-        Weight("stack.norm.weight", "model.norm.weight", offset=offset),
+        Weight("embedding.tokens.weight", f"{base}.embed_tokens.weight", aliases=tied),
+        Weight("stack.norm.weight", f"{base}.norm.weight", offset=offset),
     ]
     if not model.tie_embeddings:
         rules.append(Weight("output.weight", "lm_head.weight"))
     for i in range(model.num_layers):
-        ours, theirs = f"stack.blocks.{i}.parts", f"model.layers.{i}"
+        ours, theirs = f"stack.blocks.{i}.parts", f"{base}.layers.{i}"
         gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
         rules += [
             Weight(f"{ours}.0.norm.weight", f"{theirs}.input_layernorm.weight", offset=offset),

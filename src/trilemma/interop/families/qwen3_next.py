@@ -1,4 +1,5 @@
-"""Qwen3-Next without experts: gated DeltaNet, at every few layers gated attention; norms are stored less 1."""
+"""Qwen3-Next without experts, and Qwen3.5 of texts, which computes the same: gated DeltaNet, every few layers gated
+attention; norms are stored less 1."""
 
 from __future__ import annotations
 
@@ -23,20 +24,46 @@ _OF_EXPERTS = (
     *("output_router_logits", "router_aux_loss_coef"),
 )
 
+# Qwen3.5 of texts alone, and beside its pictures, which are left out.
+_NEWER, _WITH_PICTURES = "qwen3_5_text", "qwen3_5"
+_OF_PICTURES = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_LEFT_OUT = [
+    LeftOut(r"mtp\..*", "the head that guesses a token further on"),
+    LeftOut(r"model\.visual\..*", "pictures are not read"),
+]
+
 
 def _read(keys: Keys) -> Blueprint:
-    layers, heads = keys.size("num_hidden_layers", 48), keys.size("num_attention_heads", 16)
+    kind = keys.need("model_type", str)
+    if kind != _WITH_PICTURES:
+        return _of_texts(keys, "model", kind == _NEWER, tied=False)
+    text, tied = keys.within("text_config"), keys.take("tie_word_embeddings", False)
+    keys.skip(*_OF_PICTURES)
+    blueprint = _of_texts(text, "model.language_model", True, tied)
+    text.finish()
+    return blueprint
+
+
+def _of_texts(keys: Keys, base: str, newer: bool, tied: bool) -> Blueprint:
+    """Of a language model: its keys, what its weights' names begin with, and whether it is tied by default."""
+    layers, heads = keys.size("num_hidden_layers", 32 if newer else 48), keys.size("num_attention_heads", 16)
     types = _types(keys, layers)
-    _refuse_experts(keys, layers)
+    if newer:
+        keys.only("attn_output_gate", True)
+        keys.only("output_gate_type", "swish")  # of gated DeltaNet
+        keys.skip("mamba_ssm_dtype", "mlp_only_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    else:
+        _refuse_experts(keys, layers)
     keys.only("hidden_act", "silu")  # the convolutions' too
     epsilon = keys.take("rms_norm_eps", 1e-6)
     if _FULL in types and epsilon != _QK_EPSILON:
         raise ConfigError(f"{keys.where}: rms_norm_eps is {epsilon}; with query and key norms only 1e-06 is honoured")
     head_dim, max_length = keys.size("head_dim", 256), keys.size("max_position_embeddings", 32768)
-    rotary = read_rotary(keys, max_length, head_dim)
+    # A picture's parts are placed on three axes; a text's tokens have one number on all of them.
+    rotary = read_rotary(keys, max_length, head_dim, ("mrope_section", "mrope_interleaved") if newer else ())
     attention: dict[str, Any] = {
         "name": "attention",
-        "num_kv_heads": keys.size("num_key_value_heads", 2),
+        "num_kv_heads": keys.size("num_key_value_heads", 4 if newer else 2),
         "head_dim": head_dim,
         "position": "rotary",
         "rotary_interleaved": False,
@@ -49,9 +76,9 @@ def _read(keys: Keys) -> Blueprint:
     mixers: list[MixerSpec] = [deltanet if kind == _LINEAR else attention for kind in types]
     model = ModelConfig(
         layout="decoder-only",
-        vocab_size=keys.size("vocab_size", 151936),
-        d_model=keys.size("hidden_size", 2048),
-        d_ff=keys.size("intermediate_size", 5632),
+        vocab_size=keys.size("vocab_size", 248320 if newer else 151936),
+        d_model=keys.size("hidden_size", 4096 if newer else 2048),
+        d_ff=keys.size("intermediate_size", 12288 if newer else 5632),
         num_layers=layers,
         num_heads=heads,
         mixer=mixers,
@@ -62,10 +89,17 @@ def _read(keys: Keys) -> Blueprint:
         positions="none",
         max_length=reach(rotary, max_length),
         embedding_scale=False,
-        tie_embeddings=keys.take("tie_word_embeddings", False),
+        tie_embeddings=keys.take("tie_word_embeddings", tied),
         dropout=0.0,
     )
-    return Blueprint(model, "language-model", _rules(model, types, attention, deltanet), prefix="model.")
+    rules = [*decoder_rules(model, base, centred=True), *_LEFT_OUT]
+    for i, kind in enumerate(types):
+        ours, theirs = f"stack.blocks.{i}.parts.0.part", f"{base}.layers.{i}"
+        if kind == _LINEAR:
+            rules += _deltanet_rules(ours, f"{theirs}.linear_attn", deltanet, newer)
+        else:
+            rules += _attention_rules(ours, f"{theirs}.self_attn", heads, attention)
+    return Blueprint(model, "language-model", rules, prefix="model.")
 
 
 def _types(keys: Keys, layers: int) -> list[str]:
@@ -111,17 +145,6 @@ def _deltanet(keys: Keys, epsilon: float) -> dict[str, Any]:
     }
 
 
-def _rules(model: ModelConfig, types: list[str], attention: dict[str, Any], deltanet: dict[str, Any]) -> list[Rule]:
-    rules = [*decoder_rules(model, centred=True), LeftOut(r"mtp\..*", "the head that guesses a token further on")]
-    for i, kind in enumerate(types):
-        ours, theirs = f"stack.blocks.{i}.parts.0.part", f"model.layers.{i}"
-        if kind == _LINEAR:
-            rules += _deltanet_rules(ours, f"{theirs}.linear_attn", deltanet)
-        else:
-            rules += _attention_rules(ours, f"{theirs}.self_attn", model.num_heads, attention)
-    return rules
-
-
 def _attention_rules(ours: str, theirs: str, heads: int, options: dict[str, Any]) -> list[Rule]:
     """Their first projection holds queries and gate head by head; ours all queries, and the gate at the end."""
     inner, both = heads * options["head_dim"], 2 * options["num_kv_heads"] * options["head_dim"]
@@ -138,17 +161,23 @@ def _attention_rules(ours: str, theirs: str, heads: int, options: dict[str, Any]
     return rules
 
 
-def _deltanet_rules(ours: str, theirs: str, options: dict[str, Any]) -> list[Rule]:
-    """Their projections hold what belongs to a head of keys together; ours q, k, v, gate, step and strength."""
+def _deltanet_rules(ours: str, theirs: str, options: dict[str, Any], newer: bool) -> list[Rule]:
+    """Ours projects q, k, v, gate, step and strength, as the newer files do; older ones hold together what belongs to
+    a head of keys."""
     groups, key, share = options["num_heads"], options["head_dim"], options["num_value_heads"] // options["num_heads"]
     value = share * options["expand_v"] * key
     wide, narrow = groups * (2 * key + 2 * value), groups * 2 * share
-    parts = torch.arange(wide).unflatten(0, (groups, -1)).split([key, key, value, value], dim=1)
-    strength, step = (torch.arange(narrow) + wide).unflatten(0, (groups, -1)).split([share, share], dim=1)
-    order = torch.cat([part.flatten() for part in (*parts, step, strength)])
-    projections = (f"{theirs}.in_proj_qkvz.weight", f"{theirs}.in_proj_ba.weight")
+    names: tuple[str, ...] = ("qkv", "z", "a", "b")
+    sizes: tuple[int, ...] = (groups * (2 * key + value), groups * value, groups * share, groups * share)
+    order = None
+    if not newer:
+        names, sizes = ("qkvz", "ba"), (wide, narrow)
+        parts = torch.arange(wide).unflatten(0, (groups, -1)).split([key, key, value, value], dim=1)
+        strength, step = (torch.arange(narrow) + wide).unflatten(0, (groups, -1)).split([share, share], dim=1)
+        order = torch.cat([part.flatten() for part in (*parts, step, strength)])
+    projections = tuple(f"{theirs}.in_proj_{name}.weight" for name in names)
     return [
-        Weight(f"{ours}.project.weight", projections, sizes=(wide, narrow), order=order),
+        Weight(f"{ours}.project.weight", projections, sizes=sizes, order=order),
         Weight(f"{ours}.conv.weight", f"{theirs}.conv1d.weight", transposed=True, ones=(1,)),
         Weight(f"{ours}.A_log", f"{theirs}.A_log"),
         Weight(f"{ours}.dt_bias", f"{theirs}.dt_bias"),
@@ -215,4 +244,4 @@ def _net_shape(net: GatedDeltaNet) -> tuple[int, ...]:
     return net.num_heads, net.num_value_heads, net.head_dim, net.value_dim, net.conv.taps
 
 
-QWEN3_NEXT = Family("qwen3_next", ("qwen3_next",), _read, _write)
+QWEN3_NEXT = Family("qwen3_next", ("qwen3_next", _NEWER, _WITH_PICTURES), _read, _write)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trilemma.errors import ConfigError
@@ -16,12 +16,15 @@ _KINDS = ("default", "linear", "llama3", "yarn")
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-def read_rotary(keys: Keys, max_length: int, head_dim: int | None = None) -> dict[str, Any]:
+def read_rotary(
+    keys: Keys, max_length: int, head_dim: int | None = None, harmless: Sequence[str] = ()
+) -> dict[str, Any]:
     """The options of `attention` that a config.json's rotations come to.
 
     Args:
         keys: the file. max_length: its max_position_embeddings.
         head_dim: where a part of it may be rotated, a quarter unless the file says otherwise; None: only whole heads.
+        harmless: keys of the rotations that change nothing in this family.
 
     Raises:
         ConfigError: rotations of another type, or with a key or value that cannot be honoured.
@@ -33,7 +36,7 @@ def read_rotary(keys: Keys, max_length: int, head_dim: int | None = None) -> dic
         raise ConfigError(f"{keys.where}: rope_parameters and rope_scaling say different things; keep one of them")
     found = old if old.values else new
     kind = found.take("rope_type", found.take("type", "default"))
-    found.skip("rope_theta")
+    found.skip("rope_theta", *harmless)
     theta = found.values.get("rope_theta", keys.take("rope_theta", 10000.0))
     if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
         raise ConfigError(f"{keys.where}: rope_theta: a number above 0 is needed, found {theta!r}")
