@@ -28,7 +28,7 @@ SET: dict[str, tuple[str, list[str], list[str]]] = {
     "translation_speed": ("translation", ["--rounds", "5"], ["--tiny", "--rounds", "1"]),
     "decode_lm": ("one token of a language model", [], ["--tiny", "--rounds", "1"]),
     "mixers_speed": ("one layer of each mixer", [], ["--tiny", "--rounds", "1"]),
-    "growth": ("growth with the length", [], ["--tiny", "--rounds", "1"]),
+    "growth": ("growth with the length", [], ["--tiny", "--rounds", "1", "--mixers", "attention,retention,lstm"]),
     "multi30k_marian": ("quality in a given time, of a peer", [], ["--tiny"]),
 }
 
