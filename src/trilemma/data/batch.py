@@ -74,7 +74,7 @@ def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:
 
 
 def _row(*parts: Ids | int) -> Row:
-    return np.concatenate([np.atleast_1d(np.asarray(part, dtype=np.int64)) for part in parts])
+    return np.concatenate([part if isinstance(part, np.ndarray) else (part,) for part in parts], dtype=np.int64)
 
 
 def _batch(inputs: list[Row], labels: list[Row], pad: int, index: int, examples: Sequence[int]) -> Batch:

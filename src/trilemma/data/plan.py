@@ -90,13 +90,14 @@ def cut(first: Indices, second: Indices, budget: int) -> Indices:
     Returns:
         int64 [batches + 1], from 0 to len(first).
     """
+    first, second = as_padded(first), as_padded(second)
     borders = [0]
     start, size = 0, len(first)
     window = 64
     while start < size:
         stop = min(size, start + window)
-        sides = (as_padded(np.maximum.accumulate(side[start:stop])) for side in (first, second))
-        longest = as_padded(sum(sides))  # as padded on its own, or where both sides make one row
+        longest = np.maximum.accumulate(first[start:stop]) + np.maximum.accumulate(second[start:stop])
+        longest = as_padded(longest)  # where both sides make one row
         fits = int(np.searchsorted(longest * np.arange(1, stop - start + 1), budget, side="right"))
         if fits == stop - start and stop < size:
             window *= 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 from trilemma.config import DataConfig, RunConfig, Source
@@ -41,6 +40,7 @@ from trilemma.errors import ConfigError, DataError, nearest
 
 _PREPARE_VERSION = 1
 _BATCH = 1000
+_CHARACTERS = 1 << 20
 _DOCUMENT_NOTES = {
     "line": "each line or record is one document; option documents of a source: line, blank, file",
     "blank": "documents of plain text end at empty lines; option documents of a source: line, blank, file",
@@ -220,8 +220,7 @@ class _Input:
     def _fill(self, builder: StoreBuilder, tokenizer: Tokenizer, labels: list[str] | None) -> None:
         progress = Progress(f"tokenising {self.name}")
         encoders = [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]]
-        examples = self.examples()
-        while chunk := list(islice(examples, _BATCH)):
+        for chunk in _chunks(self.examples()):
             columns = [encode([example[i] for example, _ in chunk]) for i, encode in enumerate(encoders)]
             for row, (example, ends) in enumerate(chunk):
                 for index, field in enumerate(builder.fields):
@@ -229,6 +228,20 @@ class _Input:
                 if ends:
                     builder.finish_example()
             progress.add(len(chunk))
+
+
+def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Items to tokenise at once: a thousand, or fewer that are long, so that memory depends on neither."""
+    chunk: list[Item] = []
+    characters = 0
+    for item in items:
+        chunk.append(item)
+        characters += sum(map(len, item[0]))
+        if len(chunk) == _BATCH or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 class _Questions(_Input):
