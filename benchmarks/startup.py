@@ -28,10 +28,10 @@ RUNS = 10
 SENTENCE = " ".join(str(number) for number in range(20)) + "\n"
 
 
-def seconds(command: list[str], text: str = "") -> float:
-    """Wall-clock time of a whole process that reads `text`."""
+def seconds(command: list[str]) -> float:
+    """Wall-clock time of a whole process that reads a sentence, if it reads."""
     start = time.perf_counter()
-    subprocess.run(command, input=text, text=True, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, input=SENTENCE, text=True, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 
@@ -51,27 +51,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="one round; nothing is stored")
     tiny = parser.parse_args().tiny
+    runs = 1 if tiny else RUNS
     program = str(Path(sys.executable).parent / "trilemma")
-    commands = {
-        "bare interpreter": [sys.executable, "-c", "pass"],
-        "import torch": [sys.executable, "-c", "import torch"],
-        "import trilemma": [sys.executable, "-c", "import trilemma"],
-        "trilemma --help": [program, "--help"],
-        "trilemma --version": [program, "--version"],
-        "trilemma doctor --help": [program, "doctor", "--help"],
-    }
-    sentence = " ".join(str(number) for number in range(20))
-    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        commands["first translation"] = [program, "generate", str(small_run(Path(folder) / "run"))]
-        for _ in range(2 if tiny else RUNS + 1):  # in turns; the first round fills the file cache
-            for name, command in commands.items():
-                times.setdefault(name, []).append(seconds(command, f"{sentence}\n"))
-    measured = {name: statistics.median(taken[1:]) for name, taken in times.items()}
-    beyond = [whole - torchs for whole, torchs in zip(times["first translation"], times["import torch"], strict=True)]
-    measured["first translation, beyond import torch"] = statistics.median(beyond[1:])
+        commands = {
+            "bare interpreter": [sys.executable, "-c", "pass"],
+            "import torch": [sys.executable, "-c", "import torch"],
+            "import trilemma": [sys.executable, "-c", "import trilemma"],
+            "trilemma --help": [program, "--help"],
+            "trilemma --version": [program, "--version"],
+            "trilemma doctor --help": [program, "doctor", "--help"],
+            "first translation": [program, "generate", str(small_run(Path(folder) / "run"))],
+        }
+        # in turns; the first round fills the file cache
+        rounds = [{name: seconds(command) for name, command in commands.items()} for _ in range(runs + 1)][1:]
+    measured = {name: statistics.median(times[name] for times in rounds) for name in commands}
     if not tiny:
-        store("startup", {"benchmark": "startup", "median_seconds": measured, "runs": RUNS, **provenance()})
+        store("startup", {"benchmark": "startup", "median_seconds": measured, "rounds": rounds, **provenance()})
     print(json.dumps(measured))
 
 
