@@ -17,7 +17,9 @@ from trilemma.mixers.attention import Attention
 from trilemma.nn.positions import RotaryScaling, rotation_frequencies, scaled_frequencies
 
 CPU = torch.device("cpu")
+YARN = {"kind": "yarn", "factor": 2.0, "original_length": 64}
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SHORTEST = "yarn of a text in which nothing turns once"  # all pairs keep their speed
 # Parameters as published models have them, and some at the borders.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama 3.1": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA31},
@@ -51,6 +53,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "yarn with a magnitude": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.25, "beta_fast": 0},
     "yarn of a short text": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 7},
+    SHORTEST: {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2},
     "yarn without a factor": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1024},
 }
 
@@ -82,6 +85,8 @@ def test_frequencies_are_transformers(name: str, head_dim: int) -> None:
     got = scaled_frequencies(head_dim, base, mixer.rotary_scaling, CPU, torch.float32)
     torch.testing.assert_close(got, wanted, rtol=3e-6, atol=0)
     assert mixer.rotary_scaling.size == pytest.approx(size, rel=1e-9)
+    if name == SHORTEST:
+        return
     plain = rotation_frequencies(head_dim, base, False, CPU, torch.float32)
     assert not torch.allclose(plain, wanted, rtol=1e-2, atol=0)
 
@@ -147,6 +152,12 @@ def test_two_sections_that_differ_are_refused() -> None:
             {"position": "rotary", "rotary_scaling": {"kind": "llama3", "factor": 2.0}},
             "llama3 needs an original_length",
         ),
+        ({"position": "rotary", "rotary_scaling": {"kind": "linear", "factor": 2.0, "low": 2.0}}, "linear has no low"),
+        ({"position": "rotary", "rotary_scaling": {**YARN, "magnitude": 0.0}}, "magnitude must be above 0, found 0.0"),
+        (
+            {"position": "rotary", "rotary_scaling": {**YARN, "high": 0.0}},
+            "0 < low < high is needed, found 1.0 and 0.0",
+        ),
         ({"position": "rotary", "rotary_scaling": {"kind": "ntk", "factor": 2.0}}, "option rotary_scaling: .* 'ntk'"),
     ],
 )
@@ -161,8 +172,11 @@ def test_an_unknown_key_of_our_option_is_refused() -> None:
 
 
 def test_scaling_by_one_changes_nothing() -> None:
-    for kind in ("linear", "llama3", "yarn"):
-        scaling = RotaryScaling(kind, 1.0, original_length=16)  # type: ignore[arg-type]
+    for scaling in (
+        RotaryScaling("linear", 1.0),
+        RotaryScaling("llama3", 1.0, original_length=16),
+        RotaryScaling("yarn", 1.0, original_length=16),
+    ):
         plain = rotation_frequencies(8, 1e4, False, CPU, torch.float64)
         torch.testing.assert_close(scaled_frequencies(8, 1e4, scaling, CPU, torch.float64), plain)
         assert scaling.size == 1

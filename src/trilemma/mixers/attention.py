@@ -54,8 +54,8 @@ class Attention(Mixer):
         rotary_base: of rotary and xpos.
         rotary_interleaved: pairs of neighbours; False: the halves, as Llama's weights have it.
         rotary_dim: how many features of a head, the first ones, are rotated; None: all.
-        rotary_scaling: slower rotations for longer texts: a mapping with kind (linear, llama3 or yarn), factor,
-            original_length and what else `RotaryScaling` has; None: none.
+        rotary_scaling: slower rotations for longer texts, a mapping with kind (linear, llama3 or yarn), factor,
+            original_length, low, high, rounded and magnitude, see `trilemma.nn.positions.RotaryScaling`; None: none.
         xpos_base: distance over which xPos decays by one power of zeta.
         qk_norm: RMS-normalises queries and keys per head.
         scale: of the scores; None: 1 / sqrt(head_dim). T5 uses 1.

@@ -53,6 +53,13 @@ def rotation_frequencies(dim: int, base: float, end_point: bool, device: torch.d
     return torch.exp(-math.log(base) * exponent)
 
 
+# What a kind of scaling has not.
+_UNREAD = {
+    "linear": ("original_length", "low", "high", "rounded", "magnitude"),
+    "llama3": ("rounded", "magnitude"),
+}
+
+
 @dataclass(frozen=True)
 class RotaryScaling:
     """Slower rotations, so that a model reads further than the length that it was first trained on.
@@ -92,11 +99,18 @@ class RotaryScaling:
             raise ConfigError(f"rotary_scaling: {self.kind} needs an original_length, found {self.original_length}")
         if not 0 < self.low < self.turns_kept:
             raise ConfigError(f"rotary_scaling: 0 < low < high is needed, found {self.low} and {self.turns_kept}")
+        if not 0 < self.size < math.inf:
+            raise ConfigError(f"rotary_scaling: magnitude must be above 0, found {self.magnitude}")
+        for name in _UNREAD.get(self.kind, ()):
+            if getattr(self, name) != getattr(RotaryScaling, name):  # the default
+                raise ConfigError(f"rotary_scaling: {self.kind} has no {name}; leave it out")
 
     @property
     def turns_kept(self) -> float:
         """`high`, or what it is by default."""
-        return self.high or (32.0 if self.kind == "yarn" else 4.0)
+        if self.high is not None:
+            return self.high
+        return 32.0 if self.kind == "yarn" else 4.0
 
     @property
     def size(self) -> float:
@@ -122,7 +136,7 @@ def scaled_frequencies(
         if scaling.rounded:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, dim - 1)
-        share = 1 - (torch.arange(dim // 2, device=device, dtype=dtype) - first) / max(last - first, 1e-3)
+        share = 1 - (torch.arange(dim // 2, device=device, dtype=dtype) - first) / (last - first or 1e-3)
     share = share.clamp(0, 1)
     return share * frequencies + (1 - share) * frequencies / scaling.factor
 
