@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from common import options, provenance, run_worker, say, store
+from trilemma import machine
 from trilemma.measure.memory import PeakMemory
 
 PACKAGES = ("torch", "transformers", "ctranslate2", "trilemma")
@@ -43,6 +44,7 @@ REFERENCE = "ours-float32"  # whose tokens the others are compared with
 CASES = ("1x1", "1x4", "32x1", "32x4")
 LENGTH = 20  # tokens of a source and of its translation, without special ones
 WARM_UP = 2  # batches
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
 NEVER = -1e9  # bias of end-of-sequence
 
 Ids = list[list[int]]
@@ -64,8 +66,13 @@ GATE = Size(layers=6, width=512, heads=8, vocabulary=32_000, sentences=256)
 TINY = Size(layers=1, width=32, heads=2, vocabulary=100, sentences=33)
 
 
-def prepare(size: Size, folder: Path) -> None:
-    """One model in all formats: folders run, hf, ctranslate2-float32 and ctranslate2-int8."""
+def prepare(size: Size, folder: Path) -> tuple[int, int]:
+    """One model in all formats: folders run, hf, ctranslate2-float32 and ctranslate2-int8.
+
+    Returns:
+        weights that a sentence reads once (the encoder's, and the keys' and values' of its output), and those that each
+        of its tokens reads (the rest of the decoder, and the output).
+    """
     from trilemma.config import RunConfig, parse
     from trilemma.data.tokenizer import symbol_tokenizer
     from trilemma.interop import export_ctranslate2, export_hf
@@ -95,6 +102,9 @@ def prepare(size: Size, folder: Path) -> None:
     for name, quantization in (("float32", None), ("int8", "int8")):
         with new_folder(folder / f"ctranslate2-{name}") as target:
             export_ctranslate2.write(loaded, target, ExportOptions(quantization=quantization))
+    encoder, decoder = (sum(part.numel() for part in stack.parameters()) for stack in (built.encoder, built.stack))
+    memory = built.stack.memory_flops(1) // 2  # a weight is one multiplication and one addition
+    return encoder + memory, decoder - memory + built.embedding.tokens.weight.numel()
 
 
 def ours(folder: Path, precision: str, rows: int, beam: int) -> Translate:
@@ -201,7 +211,7 @@ def work(system: str, case: str, size: Size, folder: Path) -> dict[str, Any]:
 
 def study(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str, Any]:
     """All cases; in each, the systems in turns."""
-    prepare(size, folder)
+    weights = prepare(size, folder)
     command = [sys.executable, __file__, "--folder", str(folder), "--sentences", str(size.sentences)]
     command += ["--tiny"] * arguments.tiny
     systems = arguments.systems.split(",")
@@ -214,13 +224,17 @@ def study(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str, 
                 found[system].append(result)
                 say(f"{case}, round {at + 1}/{arguments.rounds}: {system} {result['ms_per_sentence']:.2f} ms/sentence")
         rows += summary(case, found)
-    return {
-        "benchmark": "translation_speed",
-        "size": asdict(size),
-        "length": LENGTH,
-        "rows": rows,
-        **provenance(PACKAGES),
-    }
+    origin = provenance(PACKAGES)
+    for row in rows:
+        if row["case"] == "1x1":
+            row["floor_ms"] = floor_ms(weights, row["system"].partition("-")[2], machine.Ceilings(**origin["ceilings"]))
+    return {"benchmark": "translation_speed", "size": asdict(size), "length": LENGTH, "rows": rows, **origin}
+
+
+def floor_ms(weights: tuple[int, int], precision: str, ceilings: machine.Ceilings) -> float:
+    """What reading the weights takes, of one sentence alone: the encoder's once, the decoder's for each token."""
+    encoder, decoder = (count * BYTES[precision] for count in weights)
+    return (encoder + LENGTH * decoder) / ceilings.bandwidth_gbps(decoder) / 1e6
 
 
 def summary(case: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
