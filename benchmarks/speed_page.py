@@ -57,6 +57,7 @@ def sections() -> dict[str, Section]:
         "speed-small": smaller(),
         "speed-startup": startup(stored("startup")),
         "speed-growth": growth(stored("growth")),
+        "speed-data": data(stored("data_speed")),
         "speed-layers": layers(stored("mixers_speed")),
         "speed-gpu": gpu(),
     }
@@ -263,21 +264,19 @@ def startup(result: Result | None) -> Section:
 def growth(result: Result | None) -> Section:
     """growth.json."""
     rows = [] if result is None else [row for row in result["rows"] if row["points"]]
-    promises = [
-        promise("goal", "text prepared at 1 GB an hour a core, in constant memory"),
-        promise("goal", "loading data takes no more than 3 % of a training step"),
-    ]
     about = (
         "One layer, 512 wide, trained on the same number of tokens in rows of 256 to 16,384. An exponent is the slope "
         "of the logarithms over all lengths, in brackets over the longer half: 0 says that a token costs the same at "
         "every length."
     )
-    section = Section("Growth with the length", about, promises)
+    section = Section("Growth with the length", about, [])
     for row in rows:
         section.curves[row["mixer"]] = [
             (point["length"], point["us_per_token"], point["memory_growth_bytes"]) for point in row["points"]
         ]
-    if result is not None:
+    if result is None:
+        section.table = NOT_MEASURED
+    else:
         heads = ("mixer", "us a token", "exponent of time", "memory, MB", "exponent of memory")
         section.table, section.origin = table(heads, (growing(row) for row in result["rows"])), origin(result)
     return section
@@ -293,6 +292,40 @@ def growing(row: Result) -> tuple[str, ...]:
         slopes = row["exponents"][name]
         cells += [" to ".join(ends), f"{slopes['all']:.2f} ({slopes['longer half']:.2f})"]
     return tuple(cells)
+
+
+def data(result: Result | None) -> Section:
+    """data_speed.json."""
+    found = {"prepare": [], "padding": {}} if result is None else result
+    prepared: list[Result] = found["prepare"]
+    growths: dict[str, list[float]] = {}
+    for row in prepared:
+        growths.setdefault(row["task"], []).append(row["memory_growth_bytes"])
+    constant = [held[-1] / held[0] for held in growths.values()]
+    waited = found["loading"]["share"] if "loading" in found else None
+    promises = [
+        promise("gate", "text prepared at 1 GB an hour a core", [row["gb_per_hour_core"] for row in prepared], 1),
+        promise("gate", "in constant memory: the longest text at most 1.1x the shortest's", constant, most=1.1),
+        promise("gate", "waiting for batches at most 0.03 of a training step", [waited], most=0.03),
+        promise("goal", "padding at most 0.05 of the tokens", list(found["padding"].values()), most=0.05),
+    ]
+    about = (
+        "Text is prepared from raw files to a dataset, tokenizer included; a step waits for its batches in the trainer."
+    )
+    section = Section("Data", about, promises)
+    if result is None:
+        return section
+    rows = []
+    for row in prepared:
+        what = f"prepared for {row['task']}, {row['bytes'] / 1e6:,.0f} MB"
+        held = f"{megabytes(row['memory_growth_bytes'])} MB held"
+        rows.append((what, f"{row['gb_per_hour_core']:.2f} GB an hour a core, {held}"))
+    rows += [("waiting for batches", f"{waited:.1%} of a step")]
+    rows += [
+        (f"padding, budget {int(budget):,}", f"{part:.1%} of the tokens") for budget, part in found["padding"].items()
+    ]
+    section.table, section.origin = table(("what", "measured"), rows), origin(result)
+    return section
 
 
 def layers(result: Result | None) -> Section:

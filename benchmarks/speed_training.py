@@ -57,7 +57,6 @@ def train_seq2seq(result: Result | None) -> Section:
     promises = [
         promise("gate", "faster than OpenNMT-py, in the same mode", opennmt, 1),
         promise("goal", "1.15x as fast as OpenNMT-py", opennmt, 1.15),
-        promise("goal", "on real lengths no more than 5 % of the compute goes to padding"),
     ]
     about = (
         "Encoder-decoder: 6+6 layers, 512 wide, d_ff 2,048, vocabulary 16,000, 64 rows of 32+32 tokens, bfloat16 over "
