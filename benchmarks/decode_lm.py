@@ -27,6 +27,7 @@ from train_step_lm import GATE, PACKAGES, SYSTEMS, TINY, Size
 
 from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store
 from trilemma import machine
+from trilemma.models import pack
 
 PAIRS = [
     ("ours-attention", "loop"), ("ours-attention", "llama"), ("ours-retention", "torchscale"),
@@ -38,7 +39,8 @@ Reader = Callable[[Tensor], Tensor]
 
 
 def ours(model: Any, prompt: Tensor, batch: int, room: int) -> Reader:
-    """One row is read, and selected `batch` times."""
+    """As `trilemma generate` decodes, with packed weights; one row is read, and selected `batch` times."""
+    pack(model)
     _, state = model.prefill(prompt, capacity=prompt.shape[1] + room)
     state = state.select(torch.zeros(batch, dtype=torch.long))
 

@@ -49,13 +49,18 @@ from trilemma.measure.forced import forced_token_nats
 from trilemma.measure.reading import Classified as Classified
 from trilemma.measure.reading import Reader
 from trilemma.measure.texts import file_texts, questions_of, split_texts
-from trilemma.models import SequenceModel
+from trilemma.models import SequenceModel, pack, quantize
 from trilemma.runs import RunDirectory
-from trilemma.runs.load import load_run
+from trilemma.runs.load import LoadedRun, load_run
 
 OverLength = Literal["error", "skip"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "int8": torch.float32,  # of what is not in 8 bits
+}
 # Lines decoded together by `stream`: enough for batches of similar length, little enough to hold.
 DEFAULT_WINDOW = 1024
 _WINDOW_CHARACTERS = 1 << 22
@@ -135,7 +140,8 @@ def load(
     Args:
         path: a run directory, as `trilemma train` writes it.
         device: "auto", "cpu", "cuda" or "mps".
-        dtype: "float32", "bfloat16" or "float64" for the weights; None: float32, or float64 for a run trained in it.
+        dtype: "float32", "bfloat16" or "float64" for the weights; "int8" for 8-bit weights beside float32; None:
+            float32, or float64 for a run trained in it, or as `trilemma quantize` has left it.
         checkpoint: the published weights, or "best", "last" or a step.
         ensemble: runs whose predictions are averaged with this one's; of the same task, layout and vocabulary.
         average: "log-probability" or "probability": what the ensemble averages; None: log-probabilities.
@@ -144,22 +150,38 @@ def load(
         CheckpointError: not a run, not finished, or a file is missing, truncated, altered or foreign.
         ConfigError: unknown device, dtype or average; a run of the ensemble that does not fit the first.
     """
+    wanted = dtype
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ConfigError(f'unknown dtype "{dtype}"{nearest(dtype, _DTYPES)}')
         dtype = _DTYPES[dtype]
     chosen, _ = choose_device(device)
-    run = load_run(path, chosen, dtype, checkpoint)
+    run = _opened(path, chosen, dtype, checkpoint, wanted == "int8")
     temperature = run.directory.read_temperature() if checkpoint == "published" else None
     whole = None
     if ensemble:
         Prompts(run.tokenizer, run.config).require_generation()
-        own = next(run.model.parameters()).dtype
-        others = [load_run(other, chosen, own, checkpoint) for other in ensemble]
+        own = run.model.dtype
+        others = [_opened(other, chosen, own, checkpoint, wanted == "int8") for other in ensemble]
         whole = joined([run, *others], average or "log-probability")
     elif average is not None:
         raise ConfigError(f'average "{average}": there is no ensemble; name its other runs (--with RUN)')
     return Predictor(run.model, run.tokenizer, run.config, chosen, run.directory, temperature, whole)
+
+
+def _opened(
+    path: str | Path,
+    device: str,
+    dtype: torch.dtype | None,
+    checkpoint: int | Literal["published", "best", "last"],
+    coded: bool,
+) -> LoadedRun:
+    """A run ready for use: its weights in 8 bits where asked for, and packed where this machine's kernels take them."""
+    run = load_run(path, device, dtype, checkpoint)
+    if coded and run.config.model.quantization is None:
+        quantize(run.model)
+    pack(run.model)
+    return run
 
 
 class Predictor(Reader):

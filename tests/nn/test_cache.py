@@ -67,14 +67,14 @@ def test_a_growing_cache_does_not_grow_with_padding() -> None:
     assert state.keys.shape[2] <= 256
 
 
-def test_growth_doubles_and_reserve_is_exact() -> None:
+def test_growth_is_by_halves_and_reserve_is_exact() -> None:
     state = cache()
     sizes = []
     with torch.no_grad():
         for _ in range(200):
             _, state = state.append(tokens(2, 1), tokens(2, 1), None)
             sizes.append(state.keys.shape[2])
-    assert sorted(set(sizes)) == [64, 128, 256]
+    assert sorted(set(sizes)) == [16, 24, 36, 54, 81, 121, 181, 271]
     assert cache().reserve(100).keys.shape[2] == 100
     assert state.reserve(10) is state
 

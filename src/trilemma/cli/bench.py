@@ -60,7 +60,7 @@ def command(
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
     dtype = None if precision == "auto" else getattr(torch, precision)
-    used = dtype or next(model.parameters()).dtype
+    used = dtype or model.dtype
     path = laws.admit(model.mixers(), backend, device=place, dtype=used, say=say)
     cells = len(sizes) * len(rows_together)
     say(f"device {place}: {place_reason}; path {path}; {cells} cells of about {max_seconds:.0f} s each at most")

@@ -31,14 +31,14 @@ def command(
     ] = None,
     ensemble: With = None,
     average: Average = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float64")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Signed scores: BLEU and chrF (sacrebleu), exact match, accuracy, perplexity per token, bits per byte.
 
     Scores of the run's own splits are kept in RUN: scores.json, and the outputs in outputs.SPLIT.txt; not those of an
-    ensemble, which is no single run.
+    ensemble, which is no single run, nor of another --dtype.
     """
     from trilemma.cli.generate import decoding_settings
     from trilemma.predictor import load
@@ -52,7 +52,7 @@ def command(
     predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
     evaluation = predictor.evaluate(files, cast('Literal["valid", "test"]', split), metrics=wanted, **settings)
     show_scores(evaluation, json)
-    if not files and not ensemble:
+    if not files and not ensemble and dtype is None:
         keep_scores(predictor, evaluation)
     if json:
         print_json({"split": evaluation.split, "scores": evaluation.to_json(), "notes": evaluation.notes})

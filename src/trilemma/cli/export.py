@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from trilemma.cli.common import Json, print_json
-from trilemma.errors import ConfigError, nearest
+from trilemma.errors import CapabilityError, ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ def command(
         if value is not None and name not in TARGETS[to].options:
             raise ConfigError(f"--{name.replace('_', '-')}: --to {to} has no such option")
     writer = importlib.import_module(TARGETS[to].module)
+    loaded = load_run(run)
+    if loaded.config.model.quantization is not None:
+        raise CapabilityError(f"{run}: its weights are in 8 bits; export the run that it was made from")
     with new_folder(out) as folder:
-        description = writer.write(load_run(run), folder, options)
+        description = writer.write(loaded, folder, options)
     if json:
         print_json({"out": out, "target": to, **description})
     else:

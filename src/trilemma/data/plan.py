@@ -190,11 +190,13 @@ class PairPlan(Plan[PairEpoch]):
 
     def _best_groups(self) -> int:
         """The number of groups that pads least; a property of the lengths, the same in every epoch."""
+        # Where examples are many, many groups pad next to nothing and the search would take long.
+        if sum(len(part.examples) for part in self.parts) > _SEARCHED:
+            return _GROUPS[-1]
         examples = np.sort(np.concatenate([part.examples for part in self.parts]))
         first, second = self.first[examples], self.second[examples]
         best, least = 1, -1
-        # Where examples are many, many groups pad next to nothing and the search would take long.
-        for groups in _GROUPS if len(examples) <= _SEARCHED else _GROUPS[-1:]:
+        for groups in _GROUPS:
             order = length_order(first, second, groups)
             padded = padded_tokens(first[order], second[order], cut(first[order], second[order], self.budget))
             if least < 0 or padded < least:

@@ -139,9 +139,10 @@ def decode_beam(
     for length in range(1, int(batch.limits.max()) + 1):
         live = _attended(live, weights)
         owners = book.place // groups
-        values, acting = _continue(live, logits, rules, owners, eos)
+        scores, acting = _continue(live, logits, rules, owners, eos)
         book = replace(book, acted=book.acted | acting)
-        candidates = choice.candidates(values, live.history, owners, eos, width, int(margins))
+        totals = live.log_probability
+        candidates = choice.candidates(scores, totals, live.history, owners, eos, width, int(margins))
         if margins:
             book = replace(book, margin=torch.minimum(book.margin, _pruning_margin(candidates, width)))
         finished = _finish(finished, live, candidates, width, length, score)
@@ -227,24 +228,22 @@ def _open_book(batch: DecodingBatch, groups: int, rules: int, dtype: torch.dtype
 
 
 def _continue(live: _Live, logits: Tensor, rules: Rules, owners: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of all continuations [B, rows of a source, V], and which rules acted [B, rules].
+    """Log-probabilities of all tokens [B, rows of a source, V], and which rules acted [B, rules].
 
     NaN is kept on purpose: it surfaces as an error in `_collect`.
     """
     batch, rows = live.log_probability.shape
-    scores = torch.log_softmax(logits.to(live.log_probability.dtype), dim=-1)
-    acted = torch.zeros(batch, len(rules.keys), dtype=torch.bool, device=logits.device)
-    allowed = scores
-    if rules:
-        allowed, acting = rules.apply(scores, live.history.flatten(0, 1), owners.repeat_interleave(rows))
-        alive = live.log_probability > -torch.inf
-        acted = (acting.view(batch, rows, -1) & alive[:, :, None]).any(1)
-    values = live.log_probability[:, :, None] + allowed.view(batch, rows, -1)
-    if rules:  # a source whose hypotheses have no way on ends them
-        stuck = (values == -torch.inf).flatten(1).all(1)
-        ends = live.log_probability + scores.view(batch, rows, -1)[:, :, eos]
-        values[:, :, eos] = torch.where(stuck[:, None], ends, values[:, :, eos])
-    return values, acted
+    free = torch.log_softmax(logits.to(live.log_probability.dtype), dim=-1)
+    if not rules:
+        return free.view(batch, rows, -1), torch.zeros(batch, 0, dtype=torch.bool, device=logits.device)
+    allowed, acting = rules.apply(free, live.history.flatten(0, 1), owners.repeat_interleave(rows))
+    free, allowed = free.view(batch, rows, -1), allowed.view(batch, rows, -1)
+    alive = live.log_probability > -torch.inf
+    # a source whose hypotheses have no way on ends them
+    stuck = ((allowed == -torch.inf).all(2) | ~alive).all(1, keepdim=True)
+    ends = torch.where(stuck, free[:, :, eos], allowed[:, :, eos])
+    allowed = torch.cat([allowed[:, :, :eos], ends[:, :, None], allowed[:, :, eos + 1 :]], dim=2)
+    return allowed, (acting.view(batch, rows, -1) & alive[:, :, None]).any(1)
 
 
 def _finish(

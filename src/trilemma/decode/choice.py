@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -35,12 +37,13 @@ class Choice(ABC):
 
     @abstractmethod
     def candidates(
-        self, values: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
+        self, scores: Tensor, totals: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
     ) -> Candidates:
         """The best continuations, enough that K of them are no end-of-sequence (where there are as many).
 
         Args:
-            values: [B, R, V] log-probabilities of all continuations; NaN is kept on purpose: it is reported later.
+            scores: [B, R, V] log-probabilities of all tokens; NaN is kept on purpose: it is reported later.
+            totals: [B, R] log-probabilities of the hypotheses so far.
             history: [B, R, T] tokens so far.
             owners: [B] the inputs in the batch.
             width: K. extra: candidates beyond those needed, which show by how much they lost.
@@ -51,12 +54,16 @@ class Likeliest(Choice):
     """The likeliest."""
 
     def candidates(
-        self, values: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
+        self, scores: Tensor, totals: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
     ) -> Candidates:
         """See `Choice`: 2K, for each parent ends at most once."""
-        best, flat = values.flatten(1).topk(min(2 * width + extra, values[0].numel()), dim=-1)
-        token = flat % values.shape[2]
-        return Candidates(best, best, flat // values.shape[2], token, token == eos)
+        batch, rows, vocab = scores.shape
+        count = 2 * width + extra
+        of_row, tokens = largest(scores.flatten(0, 1), min(count, vocab))
+        continued = (totals[:, :, None] + of_row.view(batch, rows, -1)).flatten(1)
+        best, order = continued.topk(min(count, rows * vocab), dim=1)
+        token = tokens.view(batch, -1).gather(1, order)
+        return Candidates(best, best, order // of_row.shape[1], token, token == eos)
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,17 @@ class Diverse(Choice):
     penalty: float
 
     def candidates(
-        self, values: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
+        self, scores: Tensor, totals: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
     ) -> Candidates:
         """See `Choice`."""
-        rows, vocab = values.shape[1:]
-        grouped = values.view(-1, self.groups, rows, vocab)
-        used = values.new_zeros(len(grouped), vocab)
+        rows, vocab = scores.shape[1:]
+        grouped = (totals[:, :, None] + scores).view(-1, self.groups, rows, vocab)
+        used = scores.new_zeros(len(grouped), vocab)
         parts = []
         for group in range(self.groups):
             own = grouped[:, group]
             count = min(2 * width + extra, rows * vocab)
-            rank, flat = (own - self.penalty * used[:, None]).flatten(1).topk(count, dim=-1)
+            rank, flat = largest((own - self.penalty * used[:, None]).flatten(1), count)
             token = flat % vocab
             going_on = (token != eos) & (rank > -torch.inf)
             chosen = going_on & (going_on.cumsum(1) <= width)
@@ -94,6 +101,28 @@ class Diverse(Choice):
             _interleaved([part.token for part in parts]),
             _interleaved([part.is_end for part in parts]),
         )
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(count)` of long rows [B, N], found in the blocks with the largest maxima: several times faster.
+
+    Exact: an element among the `count` largest lies in one of the `count` blocks with the largest maxima.
+
+    Returns:
+        values and places [B, count], largest first; of equal values any come.
+    """
+    whole = values.shape[1] // _BLOCK
+    if whole <= 2 * count:
+        found = values.topk(count, dim=1)
+        return found.values, found.indices
+    blocks = values[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK))
+    chosen = blocks.amax(2).topk(count, dim=1).indices[:, :, None]
+    within = torch.arange(_BLOCK, device=values.device)
+    inside = blocks.gather(1, chosen.expand(-1, -1, _BLOCK)).flatten(1)
+    places = (chosen * _BLOCK + within).flatten(1)
+    rest = torch.arange(whole * _BLOCK, values.shape[1], device=values.device).expand(len(values), -1)
+    best, order = torch.cat([inside, values[:, whole * _BLOCK :]], dim=1).topk(count, dim=1)
+    return best, torch.cat([places, rest], dim=1).gather(1, order)
 
 
 def _interleaved(parts: list[Tensor]) -> Tensor:

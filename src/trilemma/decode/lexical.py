@@ -145,30 +145,30 @@ class Allocated(Choice):
     patterns: Patterns
 
     def candidates(
-        self, values: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
+        self, scores: Tensor, totals: Tensor, history: Tensor, owners: Tensor, eos: int, width: int, extra: int
     ) -> Candidates:
         """See `Choice`: the likeliest of all; of each hypothesis the likeliest, its end, and what its phrases need."""
-        batch, rows, vocab = values.shape
+        batch, rows, vocab = scores.shape
         patterns = self.patterns.select(owners)
-        flat = values.flatten(1)
+        flat = (totals[:, :, None] + scores).flatten(1)
         best = flat.topk(min(2 * width + extra, rows * vocab), dim=-1).indices
-        offsets = torch.arange(rows, device=values.device)[:, None] * vocab
+        offsets = torch.arange(rows, device=scores.device)[:, None] * vocab
         needed = patterns.wanted(history)
         needed = torch.where(needed < 0, best[:, :1, None], needed + offsets)
-        likeliest = values.argmax(-1) + offsets[:, 0]
+        likeliest = scores.argmax(-1) + offsets[:, 0]
         ends = (offsets[:, 0] + eos).expand(batch, -1)
         places = torch.cat([best, needed.flatten(1), likeliest, ends], dim=1).sort(dim=1).values
-        totals = flat.gather(1, places)
+        reached = flat.gather(1, places)
         twice = padded(places[:, 1:] == places[:, :-1], (1, 0))
-        totals, order = totals.masked_fill(twice, -torch.inf).sort(dim=1, descending=True, stable=True)
+        reached, order = reached.masked_fill(twice, -torch.inf).sort(dim=1, descending=True, stable=True)
         places = places.gather(1, order)
         parent, token = places // vocab, places % vocab
         continued = history.gather(1, parent[..., None].expand(-1, -1, history.shape[2]))
         bank = patterns.bank(torch.cat([continued, token[..., None]], dim=2))
-        turns = _turns(bank, totals > -torch.inf)
-        rank, order = torch.where(totals > -torch.inf, -turns.to(totals), totals).sort(dim=1, descending=True)
-        parent, token, totals = parent.gather(1, order), token.gather(1, order), totals.gather(1, order)
-        return Candidates(totals, rank, parent, token, token == eos)
+        turns = _turns(bank, reached > -torch.inf)
+        rank, order = torch.where(reached > -torch.inf, -turns.to(reached), reached).sort(dim=1, descending=True)
+        parent, token, reached = parent.gather(1, order), token.gather(1, order), reached.gather(1, order)
+        return Candidates(reached, rank, parent, token, token == eos)
 
 
 def _turns(bank: Tensor, alive: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def decode_single(
             allowed[:, eos] = torch.where(stuck, logits[:, eos], allowed[:, eos])
         tokens, gaps = _choose(allowed, batch.indices, rows, copies, position, config, margins)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        gains = (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(-1)).cpu().double()
+        gains = wide.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1).cpu().double()
         chosen = tokens.cpu()
         active = ~ended[rows]  # rows that are finished but not yet dropped change nothing any more
         at = rows[active]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.machine import Ceilings, ceilings, synchronize
 from trilemma.measure.memory import PeakMemory
-from trilemma.models import ModelState, SequenceModel
+from trilemma.models import ModelState, SequenceModel, pack, products
 from trilemma.ops import backends
 
 # Random tokens are drawn above the special ids (pad 0 ... mask 5), so that nothing ends early or is masked.
@@ -146,7 +146,7 @@ def measure_training(
         (growth), path, batch, length, source_length, repeats.
     """
     subject = copy.deepcopy(model).train()
-    device = next(subject.parameters()).device
+    device = subject.device
     source_length = (source_length or length) if subject.layout == "encoder-decoder" else 0
     inputs = _random_tokens(subject, batch, length, seed)
     source = _random_tokens(subject, batch, source_length, seed + 1) if source_length else None
@@ -164,7 +164,7 @@ def measure_training(
         step()
         seconds = statistics.median(_seconds(step, device) for _ in range(repeats))
     flops = 3 * batch * subject.flops(length, source_length)
-    weights = next(subject.parameters()).dtype
+    weights = subject.dtype
     ceiling = (limits or ceilings(device.type)).matmul_gflops(torch.bfloat16 if precision == "bfloat16" else weights)
     return {
         "path": f"{backends.path()}/{device.type}/{precision}",
@@ -195,7 +195,7 @@ def parameter_bytes_read(model: nn.Module, run: Callable[[], object]) -> int:
 class _ParameterReads(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         TorchDispatchMode.__init__(self)
-        self._sizes = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.parameters()}
+        self._sizes = {_place(parameter): parameter.nbytes for parameter in model.parameters()}
         self.found: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -205,10 +205,15 @@ class _ParameterReads(TorchDispatchMode):
         if not func.is_view and func.overloadpacket is not torch.ops.aten.embedding:
             for argument in torch.utils._pytree.tree_leaves((args, kwargs)):
                 if isinstance(argument, Tensor):
-                    address = argument.untyped_storage().data_ptr()
+                    address = _place(argument)
                     if address in self._sizes:
                         self.found[address] = self._sizes[address]
         return func(*args, **(kwargs or {}))
+
+
+def _place(tensor: Tensor) -> int:
+    """What tells memory apart; packed weights do not show theirs."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 class _Bench:
@@ -223,11 +228,10 @@ class _Bench:
         seed: int,
         limits: Ceilings | None,
     ) -> None:
-        weight = next(model.parameters())
-        self.model, self.device, self.dtype = model, weight.device, weight.dtype
+        self.model, self.device, self.dtype = model, model.device, model.dtype
         self.new_tokens, self.repeats, self.max_seconds, self.seed = new_tokens, repeats, max_seconds, seed
         self.limits = limits or ceilings(self.device.type)
-        self.path = f"{backends.path()}/{self.device.type}/{str(self.dtype).removeprefix('torch.')}"
+        self.path = f"{backends.path()}/{self.device.type}/{products(model)}"
         self.has_encoder = model.layout == "encoder-decoder"
 
     def cell(self, context: int, batch: int, source_length: int | None) -> DecodeCost:
@@ -341,14 +345,12 @@ class _Bench:
 
 
 def _prepared(model: SequenceModel, dtype: torch.dtype | None) -> SequenceModel:
-    """The model ready to decode. A copy is made where its type or mode would have to change."""
-    if dtype in (None, next(model.parameters()).dtype) and not model.training:
-        return model
-    return copy.deepcopy(model).to(dtype=dtype).eval()
+    """A copy that decodes as `trilemma generate` does: in evaluation mode, and packed where this machine packs."""
+    return pack(copy.deepcopy(model).to(dtype=dtype).eval())
 
 
 def _random_tokens(model: SequenceModel, batch: int, length: int, seed: int) -> Tensor:
-    device = next(model.parameters()).device
+    device = model.device
     vocab_size = model.config.vocab_size
     assert vocab_size is not None, "a built model knows its vocabulary"
     first = min(_FIRST_ORDINARY, vocab_size - 1)

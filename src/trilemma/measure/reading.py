@@ -16,7 +16,7 @@ from trilemma.measure.answers import Answer, find_answers
 from trilemma.measure.calibration import at_temperature
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.vectors import Pooling, text_vectors
-from trilemma.models import SequenceModel
+from trilemma.models import SequenceModel, products
 from trilemma.ops import backends
 from trilemma.runs import RunDirectory
 
@@ -53,13 +53,13 @@ class Reader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights."""
-        return next(self.model.parameters()).dtype
+        """Floating-point type of activations, and of the weights if those are no integers."""
+        return self.model.dtype
 
     @property
     def path(self) -> str:
-        """How the model is executed: form, device and type, such as "plain/cpu/float32"."""
-        return f"{backends.path()}/{torch.device(self.device).type}/{str(self.dtype).removeprefix('torch.')}"
+        """How the model is executed: form, device and weights, such as "plain/cpu/packed-float32"."""
+        return f"{backends.path()}/{torch.device(self.device).type}/{products(self.model)}"
 
     def classify(self, lines: Sequence[str], first_line: int = 1, raw: bool = False) -> list[Classified]:
         """The likeliest label and all probabilities for each line.

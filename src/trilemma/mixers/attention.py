@@ -261,7 +261,9 @@ class Attention(Mixer):
         key_positions = positions if valid is None else torch.where(valid, positions, -1)
         segments = ragged.segments if ragged is not None else None
         mask = attention_mask(positions, key_positions, self.causal, self.window, prefix, segments, segments)
-        return attend(queries, keys, values, mask, self._bias(positions, positions, shared), scale=self.scale)
+        return attend(
+            queries, keys, values, mask, self._bias(positions, positions, shared, queries.dtype), scale=self.scale
+        )
 
     def _attend_state(
         self,
@@ -285,21 +287,24 @@ class Attention(Mixer):
         if key_positions is None:
             key_positions = torch.arange(held, device=queries.device)[None, :]
         mask = attention_mask(positions, key_positions, True, self.window, prefix)
-        return attend(queries, keys, values, mask, self._bias(positions, key_positions, shared), scale=self.scale)
+        return attend(
+            queries, keys, values, mask, self._bias(positions, key_positions, shared, queries.dtype), scale=self.scale
+        )
 
     @property
     def _has_bias(self) -> bool:
         return self.position in ("alibi", "t5", "t5-shared")
 
     def _bias(
-        self, query_positions: Tensor, key_positions: Tensor, shared: Mapping[str, Tensor] | None
+        self, query_positions: Tensor, key_positions: Tensor, shared: Mapping[str, Tensor] | None, dtype: torch.dtype
     ) -> Tensor | None:
         """[B or 1, H, L, K] added to the scores, or None."""
         if not self._has_bias:
             return None
         distance = key_positions[:, None, :] - query_positions[:, :, None]
         if self.position == "alibi":
-            slopes = torch.tensor(alibi_slopes(self.num_heads), device=distance.device, dtype=self.out.weight.dtype)
+            precise = torch.promote_types(dtype, torch.float32)
+            slopes = torch.tensor(alibi_slopes(self.num_heads), device=distance.device, dtype=precise)
             return -distance.abs()[:, None].to(slopes.dtype) * slopes[:, None, None]
         if self.t5_bias is not None:
             table: Tensor = self.t5_bias

@@ -214,7 +214,7 @@ class Mixer(nn.Module, ABC):
         """
         if not self.causal and not self.capabilities.reads_memory:
             raise CapabilityError(f'mixer "{self.name}" was built bidirectional: it has no State')
-        weight = next(self.parameters(), torch.empty(0))
+        weight = next((each for each in self.parameters() if each.is_floating_point()), torch.empty(0))
         dtype = dtype or weight.dtype
         place = torch.device(device) if device is not None else weight.device
         if rewind and not self.capabilities.rewinds:

@@ -31,6 +31,10 @@ from trilemma.registry import register_mixer
 from trilemma.state import State
 
 
+class ReadMatrix(nn.Linear):
+    """A linear layer whose weight the mixer also reads by itself: it is never packed or coded."""
+
+
 @register_mixer("latent_attention")
 class LatentAttention(Mixer):
     """Attention whose cache holds one narrow latent a token instead of keys and values of every head.
@@ -86,7 +90,7 @@ class LatentAttention(Mixer):
         self.query_norm = RMSNorm(q_lora_rank) if q_lora_rank else None
         self.query_up = nn.Linear(q_lora_rank, queries, bias=False) if q_lora_rank else None
         self.latent_norm = RMSNorm(self.kv_lora_rank)
-        self.up = nn.Linear(self.kv_lora_rank, num_heads * (self.head_dim + self.value_dim), bias=False)
+        self.up = ReadMatrix(self.kv_lora_rank, num_heads * (self.head_dim + self.value_dim), bias=False)
         self.out = nn.Linear(num_heads * self.value_dim, d_model, bias=False)
         layers = (self.query_up, self.up, self.out)
         drawn = [layer.weight for layer in layers if layer is not None]

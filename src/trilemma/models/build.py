@@ -7,6 +7,7 @@ from typing import Any
 from trilemma.config import ModelConfig, parse
 from trilemma.errors import CapabilityError
 from trilemma.models.layouts import DecoderOnly, EncoderDecoder, EncoderOnly, SequenceModel
+from trilemma.models.packing import quantize
 
 _LAYOUTS: dict[str, type[SequenceModel]] = {
     "encoder-decoder": EncoderDecoder,
@@ -32,4 +33,5 @@ def build_model(config: ModelConfig | dict[str, Any]) -> SequenceModel:
         raise CapabilityError(f"model.num_labels is for encoder-only models; the layout is {config.layout}")
     if config.head_transform and config.layout != "encoder-only":
         raise CapabilityError(f"model.head_transform is for encoder-only models; the layout is {config.layout}")
-    return _LAYOUTS[config.layout](config)
+    model = _LAYOUTS[config.layout](config)
+    return model if config.quantization is None else quantize(model)

@@ -17,6 +17,7 @@ from trilemma.mixers.base import Mixer
 from trilemma.models.stack import Stack, make_stack
 from trilemma.nn.embedding import Embedding, PositionState
 from trilemma.nn.feedforward import activation_function
+from trilemma.nn.linear import Int8Embedding
 from trilemma.nn.norms import make_norm
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.state import State, TupleState
@@ -47,6 +48,7 @@ class SequenceModel(nn.Module, ABC):
         self.output = self._output(config)
         over_vocabulary = config.logit_bias and config.num_labels is None
         self.logit_bias = nn.Parameter(torch.zeros(config.vocab_size)) if over_vocabulary else None
+        self.projection: nn.Module | None = None  # of `quantize` and `pack`, in place of the head's product
 
     @abstractmethod
     def _role(self) -> str:
@@ -65,8 +67,21 @@ class SequenceModel(nn.Module, ABC):
         """encoder-decoder, decoder-only or encoder-only."""
         return self.config.layout
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and States: that of the weights, those in 8 bits apart."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden vectors [..., d_model]."""
+        if self.projection is not None:
+            logits: Tensor = self.projection(hidden)
+            return logits
         weight = self.embedding.tokens.weight if self.output is None else self.output.weight
         return nn.functional.linear(hidden, weight, self.logit_bias)
 
@@ -202,9 +217,8 @@ class SequenceModel(nn.Module, ABC):
         return hidden, ModelState(positions, layers)
 
     def _empty_state(self, rows: int, memory: TupleState | None, capacity: int | None, rewind: int) -> ModelState:
-        weight = self.embedding.tokens.weight
-        layers = self.stack.init_state(rows, memory, capacity, rewind, weight.dtype, weight.device)
-        return ModelState(self.embedding.init_state(rows, weight.device), layers)
+        layers = self.stack.init_state(rows, memory, capacity, rewind, self.dtype, self.device)
+        return ModelState(self.embedding.init_state(rows, self.device), layers)
 
     def stacks(self) -> list[Stack]:
         """All stacks."""
@@ -218,10 +232,10 @@ class SequenceModel(nn.Module, ABC):
         """Counted weights: total, embedding (tables of tokens, positions, types, and an untied output), and the
         rest."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        tables = {id(module): module for module in self.modules() if isinstance(module, nn.Embedding)}
-        embedding = sum(module.weight.numel() for module in tables.values())
-        if self.output is not None and self.output.out_features == self.config.vocab_size:
-            embedding += self.output.weight.numel()
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding | Int8Embedding)]
+        embedding = sum(parameter.numel() for module in tables for parameter in module.parameters())
+        if not self.config.tie_embeddings and self.config.num_labels is None and self.config.vocab_size is not None:
+            embedding += self.config.vocab_size * self.config.d_model
         return {"total": total, "embedding": embedding, "non_embedding": total - embedding}
 
     def no_weight_decay(self) -> set[str]:

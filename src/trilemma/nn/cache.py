@@ -14,7 +14,8 @@ from torch import Tensor
 from trilemma.errors import CapabilityError, LengthError
 from trilemma.state import State, updated
 
-_FIRST_CAPACITY = 64
+_FIRST_CAPACITY = 16
+_SPARE = 8  # tokens that a growing cache has room for after `select`, which a beam calls at every step
 
 
 @dataclass
@@ -154,18 +155,16 @@ class KVCache(State):
             return self
         if self.fixed:
             raise LengthError(f"the cache was reserved for {capacity} tokens, {needed} are needed; reserve more")
-        return self.reserve(max(needed, 2 * capacity, _FIRST_CAPACITY))
+        return self.reserve(max(needed, capacity + capacity // 2, _FIRST_CAPACITY))
 
     def _tightened(self) -> KVCache:
         """The same cache with the exact bound (reads the lengths)."""
         return replace(self, bound=_longest(self.lengths))
 
     def select(self, rows: Tensor) -> KVCache:
-        """Rows of a new batch; a cache of unequal rows is tightened to the longest."""
-        if torch.is_grad_enabled():
-            keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        else:
-            keys, values = (_rows_read(tensor, rows, self.bound) for tensor in (self.keys, self.values))
+        """Rows of a new batch; a cache of unequal rows is tightened to the longest, a growing one to what it holds."""
+        room = self.keys.shape[2] if self.fixed else min(self.keys.shape[2], self.bound + _SPARE)
+        keys, values = (tensor[:, :, :room].index_select(0, rows) for tensor in (self.keys, self.values))
         chosen = replace(self, keys=keys, values=values, lengths=self.lengths.index_select(0, rows))
         return chosen if self.uniform else chosen._tightened()
 
@@ -255,14 +254,6 @@ class RingCache(State):
         if bool((counts < 0).any()) or bool((taken > spare).any()) or bool((counts > self.lengths).any()):
             raise CapabilityError(f"at most {spare} tokens, and no more than were read, can be taken back")
         return replace(self, lengths=updated(self.lengths, self.lengths - counts), taken=updated(self.taken, taken))
-
-
-def _rows_read(room: Tensor, rows: Tensor, bound: int) -> Tensor:
-    """[len(rows), H, K, D]: the rows of `room` up to `bound`, zero beyond; each element is written once."""
-    chosen = room.new_empty(len(rows), *room.shape[1:])
-    chosen[:, :, :bound] = room[:, :, :bound].index_select(0, rows)
-    chosen[:, :, bound:] = 0
-    return chosen
 
 
 def _longest(lengths: Tensor) -> int:

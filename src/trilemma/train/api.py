@@ -132,6 +132,8 @@ class _Prepared:
     ) -> _Prepared:
         """Prepares data and model; `new`: also makes the run directory, which holds what all choices came to."""
         tokenizer = start = None
+        if config.model.quantization is not None:
+            raise ConfigError("model.quantization is of trained weights: train without it, then run trilemma quantize")
         if not new:
             kept = RunDirectory.open(directory.path)
             tokenizer = Tokenizer.parse(kept.read_tokenizer(), str(kept.tokenizer_path))

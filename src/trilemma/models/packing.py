@@ -1,0 +1,90 @@
+"""A trained model made ready for use: weights in 8 bits, and weights packed for the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from trilemma.errors import CapabilityError
+from trilemma.models.layouts import SequenceModel
+from trilemma.nn.embedding import Embedding
+from trilemma.nn.linear import Int8Embedding, Int8Linear, PackedInt8Linear, PackedLinear, packs
+
+_NARROWEST = 32  # narrower layers make gates and step sizes: small, and sensitive
+_SMALLEST = 1 << 16  # weights of a layer from which on packing pays; below, the kernel's call costs more
+_PACKED_TYPES = (torch.float32, torch.bfloat16)
+
+
+def quantize(model: SequenceModel) -> SequenceModel:
+    """Turns linear layers and tables of tokens into 8-bit ones, in place. All else, States included, stays float32.
+
+    Raises:
+        CapabilityError: no layer is wide enough.
+    """
+    model.float()
+    if min(model.embedding.tokens.weight.shape) >= _NARROWEST:
+        _code_tables(model)
+    if model.config.num_labels is None:
+        table = model.embedding.get_submodule("tokens")
+        if model.output is not None:
+            model.projection, model.output = Int8Linear.of(model.output, model.logit_bias), None
+        elif isinstance(table, Int8Embedding):
+            model.projection = Int8Linear(table.codes, table.scale, model.logit_bias)
+    _replace(model, _coded)
+    if not any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise CapabilityError(f"nothing to quantize: no layer of this model is {_NARROWEST} wide")
+    return model
+
+
+def pack(model: SequenceModel) -> SequenceModel:
+    """Packs large linear layers for inference, in place, where this machine's kernels take packed weights.
+
+    The model can be used afterwards, but neither trained nor saved nor moved. `products` tells what it runs on.
+    """
+    if model.device.type != "cpu" or model.dtype not in _PACKED_TYPES or not packs():
+        return model
+    if model.projection is None and model.config.num_labels is None:
+        weight = model.embedding.tokens.weight if model.output is None else model.output.weight
+        if weight.numel() >= _SMALLEST:
+            model.projection, model.output = PackedLinear(weight, model.logit_bias), None
+    _replace(model, _packed)
+    return model
+
+
+def products(model: SequenceModel) -> str:
+    """What a model's matrix products run on: the weights' type, such as "int8", or of packed ones "packed-float32"."""
+    kinds = {type(module) for module in model.modules()}
+    coded = kinds & {Int8Linear, PackedInt8Linear}
+    name = "int8" if coded else str(model.dtype).removeprefix("torch.")
+    return f"packed-{name}" if kinds & {PackedLinear, PackedInt8Linear} else name
+
+
+def _code_tables(model: SequenceModel) -> None:
+    """One table that several embeddings read stays one."""
+    embeddings = [module for module in model.modules() if isinstance(module, Embedding)]
+    coded = {id(each.tokens): Int8Embedding.of(each.tokens) for each in embeddings}
+    for each in embeddings:
+        each.add_module("tokens", coded[id(each.tokens)])
+
+
+def _coded(module: nn.Module) -> nn.Module:
+    if type(module) is nn.Linear and min(module.weight.shape) >= _NARROWEST:
+        return Int8Linear.of(module, module.bias)
+    return module
+
+
+def _packed(module: nn.Module) -> nn.Module:
+    if isinstance(module, Int8Linear):
+        return module.packed()
+    if type(module) is nn.Linear and module.weight.numel() >= _SMALLEST:
+        return PackedLinear(module.weight, module.bias)
+    return module
+
+
+def _replace(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> None:
+    """Replaces every module by what `change` makes of it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            setattr(parent, name, change(child))

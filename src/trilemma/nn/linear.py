@@ -1,0 +1,185 @@
+"""Linear layers and embeddings for inference: weights packed once for a CPU's kernels, and weights in 8 bits.
+
+A CPU's plain float32 product re-orders the weights at every call, or runs a kernel that does not suit the processor;
+oneDNN's packed one does the work once. 8-bit weights are a fourth of float32's bytes, and their products run on the
+processor's 8-bit units.
+
+Legend: N outputs, K inputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+INT8 = 127  # codes are -127 to 127: symmetric, so that zero is zero
+_SMALLEST = 1e-30  # scale of a row of zeros
+_SHIFT = 128  # the processor's 8-bit units multiply an unsigned by a signed number
+_PACKED_ROWS = 32  # the number of rows that the packed layout is chosen for
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight lies as oneDNN's kernels read it. For inference on a CPU only.
+
+    Args:
+        weight: [N, K] float32 or bfloat16. bias: [N] or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_ROWS)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+class Int8Linear(nn.Module):
+    """y = s_x s_w (q_x . q_w) + b: 8-bit codes of weights, one scale for each output, and of inputs, one for each row.
+
+    Rows are coded one by one and sums of codes are exact, so a row's result does not depend on its batch-mates.
+
+    Args:
+        codes: [N, K] int8. scale: [N] float32. bias: [N] or None.
+    """
+
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.codes = _frozen(codes)
+        self.register_buffer("scale", scale)  # no parameter: the count of weights stays that of the model
+        self.bias = None if bias is None else _frozen(bias)
+        self.out_features, self.in_features = codes.shape
+
+    @classmethod
+    def of(cls, linear: nn.Linear, bias: Tensor | None) -> Int8Linear:
+        """The nearest codes of a linear layer's weight, with a bias of one's own."""
+        codes, scale = quantize_rows(linear.weight.detach())
+        return cls(codes, scale.squeeze(1).float(), bias)
+
+    def packed(self) -> PackedInt8Linear:
+        """The same layer for inference on a CPU."""
+        return PackedInt8Linear(self.codes, self.scale, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        codes, scale = quantize_rows(x.float())
+        return self._scaled(codes.float() @ self.codes.float().t(), scale).to(x.dtype)
+
+    def _scaled(self, sums: Tensor, scale: Tensor) -> Tensor:
+        """Sums of codes [..., N] in units of the inputs, whose scale is [..., 1]."""
+        scaled = sums * self.scale * scale
+        return scaled if self.bias is None else scaled + self.bias
+
+    def extra_repr(self) -> str:
+        """As of `nn.Linear`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PackedInt8Linear(nn.Module):
+    """`Int8Linear` on oneDNN's 8-bit kernel. For inference on a CPU only.
+
+    Args:
+        codes, scale, bias: of `Int8Linear`.
+    """
+
+    scale: Tensor
+    zero_points: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.weight = _frozen(torch.ops.onednn.qlinear_prepack(codes.detach(), None))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_points", torch.zeros(self.out_features, dtype=torch.int64), persistent=False)
+        self.bias = None if bias is None else _frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        codes, scale = quantize_rows(x.float().reshape(-1, self.in_features))
+        unsigned = codes.view(torch.uint8).bitwise_xor_(_SHIFT)  # code + 128
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, _SHIFT, self.weight, self.scale, self.zero_points,
+            None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        y = sums.mul_(scale) if self.bias is None else torch.addcmul(self.bias, sums, scale, out=sums)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class Int8Embedding(nn.Module):
+    """A table of vectors as 8-bit codes with one scale for each.
+
+    Args:
+        codes: [V, K] int8. scale: [V] float32.
+    """
+
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.codes = _frozen(codes)
+        self.register_buffer("scale", scale)
+        self.num_embeddings, self.embedding_dim = codes.shape
+
+    @classmethod
+    def of(cls, table: nn.Embedding) -> Int8Embedding:
+        """The nearest codes of a table."""
+        codes, scale = quantize_rows(table.weight.detach())
+        return cls(codes, scale.squeeze(1).float())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] int64 -> [..., K] float32."""
+        return self.codes[ids] * self.scale[ids][..., None]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest 8-bit codes of each row: x ~ codes * scale.
+
+    Args:
+        x: [..., K]. What is not a number stays one: it goes into the row's scale.
+
+    Returns:
+        codes [..., K] int8, -127 to 127; scale [..., 1].
+    """
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).div_(INT8)
+    return (x / scale).round_().to(torch.int8), scale
+
+
+def quantize_rows_naive(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference for `quantize_rows`, for a matrix [rows, K], as the definition is written."""
+    codes, scales = torch.zeros(x.shape, dtype=torch.int8), torch.zeros(len(x), 1, dtype=x.dtype)
+    for row, values in enumerate(x.tolist()):
+        scales[row] = max([abs(value) for value in values] + [_SMALLEST]) / INT8
+        for column, value in enumerate(values):
+            codes[row, column] = round(value / float(scales[row]))
+    return codes, scales
+
+
+@functools.cache
+def packs() -> bool:
+    """Whether this build of torch packs weights for the CPU, and gets the same results with them.
+
+    The kernels are torch's own but not part of its public interface: they are tried once, against the plain form.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((24, 40), (24,), (3, 40)))
+    plain = nn.Linear(40, 24, device="meta")
+    plain.weight, plain.bias = _frozen(weight), _frozen(bias)
+    coded = Int8Linear.of(plain, bias)
+    try:
+        same = [(PackedLinear(weight, bias)(x), plain(x)), (coded.packed()(x), coded(x))]
+    except (AttributeError, RuntimeError):  # of a build without these kernels
+        return False
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in same)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
