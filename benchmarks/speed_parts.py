@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from trilemma.compare.looks import DASHES, GREY, MARKERS, PALETTE, name_the_ends
+from trilemma.compare.looks import DASHES, GREY, MARKERS, PALETTE
 
 NOT_MEASURED = "not measured"
 
@@ -110,7 +111,7 @@ def bars(section: Section) -> Figure:
         axes.barh(at, middle, height=0.6, color=color, xerr=ends, ecolor=GREY, capsize=2)
     axes.axvline(1, color=PALETTE[0], linewidth=1)
     axes.set_yticks(range(len(section.bars)), list(section.bars))
-    axes.invert_yaxis()
+    axes.set_ylim(len(section.bars) - 0.5, -0.5)
     axes.set_xlabel("peer's time / ours")
     axes.set_title(section.title)
     return figure
@@ -118,17 +119,21 @@ def bars(section: Section) -> Figure:
 
 def curves(section: Section) -> Figure:
     """Time and memory against the length, both logarithmic."""
-    figure = Figure(figsize=(7.2, 8.0), layout="constrained")
-    for place, label, scale in ((1, "us a token", 1.0), (2, "MB", 1e-6)):
-        axes = figure.add_subplot(2, 1, place)
-        ends = []
+    figure = Figure(figsize=(7.2, 7.2), layout="constrained")
+    panels = figure.subplots(2, 1)
+    for axes, place, label, scale in ((panels[0], 1, "us a token", 1.0), (panels[1], 2, "MB", 1e-6)):
         for at, (mixer, points) in enumerate(section.curves.items()):
-            x, y = [point[0] for point in points], [point[place] * scale for point in points]
-            color, marker, dash = (look[at % len(look)] for look in (PALETTE, MARKERS, DASHES))
-            axes.loglog(x, y, color=color, marker=marker, linestyle=dash)
-            ends.append((mixer, x[-1], y[-1], color))
+            lengths, values = [point[0] for point in points], [point[place] * scale for point in points]
+            dash, color = divmod(at, len(PALETTE))
+            look = {"color": PALETTE[color], "marker": MARKERS[color], "linestyle": DASHES[dash % len(DASHES)]}
+            axes.loglog(lengths, values, label=mixer, **look)
+        axes.set_xticks(lengths)
+        axes.xaxis.set_minor_locator(NullLocator())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("length")
         axes.set_ylabel(label)
-        figure.canvas.draw()
-        name_the_ends(axes, ends)
+    panels[0].set_title(section.title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
