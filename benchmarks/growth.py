@@ -38,8 +38,8 @@ FIELDS = ("us_per_token", "memory_growth_bytes")
 
 def linear_mixers() -> list[str]:
     """Those that read causally with a State of constant size."""
-    names = {name: mixer_class(name).capabilities for name in available_mixers()}
-    return [name for name, able in names.items() if able.causal and able.constant_state and not able.reads_memory]
+    abilities = {name: mixer_class(name).capabilities for name in available_mixers()}
+    return [name for name, able in abilities.items() if able.causal and able.constant_state and not able.reads_memory]
 
 
 def work(mixer: str, size: Size, repeats: int) -> dict[str, Any]:
