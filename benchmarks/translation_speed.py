@@ -35,6 +35,7 @@ PACKAGES = ("torch", "transformers", "ctranslate2", "trilemma")
 SYSTEMS = (
     "ours-float32",
     "ours-bfloat16",
+    "ours-int8",
     "transformers-float32",
     "transformers-bfloat16",
     "ctranslate2-float32",
@@ -108,7 +109,7 @@ def prepare(size: Size, folder: Path) -> tuple[int, int]:
 
 
 def ours(folder: Path, precision: str, rows: int, beam: int) -> Translate:
-    """As `trilemma generate` decodes."""
+    """As `trilemma generate` decodes; int8 as with --dtype int8."""
     import trilemma
     from trilemma.decode import Request, decode
 
@@ -238,13 +239,13 @@ def floor_ms(weights: tuple[int, int], precision: str, ceilings: machine.Ceiling
 
 
 def summary(case: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a system: medians; the ratio to ours in the same precision (of int8: in bfloat16), round by round; the
-    share of sentences with our float32 tokens."""
+    """One row a system: medians; of others the ratio to ours in the same precision, round by round; the share of
+    sentences with our float32 tokens."""
     outputs = {system: results[0].pop("outputs") for system, results in found.items()}
     rows = []
     for system, results in found.items():
         name, _, precision = system.partition("-")
-        own = f"ours-{'bfloat16' if precision == 'int8' else precision}"
+        own = f"ours-{precision}"
         ratios = [
             peer["seconds"] / mine["seconds"] for peer, mine in zip(results, found.get(own, []), strict=own in found)
         ]
