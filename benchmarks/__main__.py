@@ -2,7 +2,7 @@
 
     python -m benchmarks                        # hours on two cores; leave the machine alone
     python -m benchmarks --only startup,growth  # these, in the order given here
-    python -m benchmarks --tiny                 # does everything run? Stores nothing
+    python -m benchmarks --tiny                 # does everything run? Minutes; stores nothing
     python -m benchmarks --list
 
 Each benchmark is a process. One that fails is named at the end, and the exit code is then 1.
@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PAGES = (HERE / "speed_page.py", HERE.parent / "docs" / "mixer_pages.py")
 
-# name -> what it answers, options of the measurement, options of a trial that takes seconds
+# name -> what it answers, options of the measurement, options of a trial
 SET: dict[str, tuple[str, list[str], list[str]]] = {
     "startup": ("start-up of the command", [], ["--tiny"]),
     "train_step_lm": ("training step of a language model", [], ["--tiny", "--rounds", "1"]),
@@ -50,7 +50,7 @@ def main() -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(SET), metavar="NAME,...", help="these, separated by commas")
-    parser.add_argument("--tiny", action="store_true", help="sizes that run in seconds; nothing is stored")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes; nothing is stored")
     parser.add_argument("--list", action="store_true", help="says what there is")
     arguments = parser.parse_args()
     if arguments.list:
