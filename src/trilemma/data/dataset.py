@@ -171,7 +171,9 @@ class Dataset:
                     self.notes[f"data.empty.{split}.{field}"] = f"{empty:,} empty line(s), kept as empty sequences"
 
     def _lengths(self, split: str, field: str, added: int) -> Indices:
-        return np.concatenate([store.lengths(field) for store in self.stores[split]]) + added
+        lengths = np.concatenate([store.lengths(field) for store in self.stores[split]])
+        lengths += added
+        return lengths
 
     def _pair_plan(self, split: str) -> PairPlan:
         first_field, second_field = FIELDS[self.task]
