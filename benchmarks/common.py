@@ -15,7 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,19 @@ def options(description: str | None, workers: Iterable[str], name: str, rounds: 
     parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
     parser.add_argument("--name", default=name, help="of the stored result")
     return parser
+
+
+def among(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """The `type` of an option that takes some of `names`, separated by commas."""
+    known = list(names)
+
+    def parse(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [name for name in given if name not in known]:
+            raise argparse.ArgumentTypeError(f"not among {', '.join(known)}: {', '.join(unknown)}")
+        return given
+
+    return parse
 
 
 def same_size(own: dict[str, Any], peer: dict[str, Any]) -> None:

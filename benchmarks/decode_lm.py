@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from train_step_lm import GATE, PACKAGES, SYSTEMS, TINY, Size
 
-from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store
+from common import WorkerError, among, duel, options, provenance, run_worker, same_size, say, store
 from trilemma import machine
 from trilemma.models import pack
 
@@ -164,7 +164,7 @@ def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
     base += ["--tiny"] * arguments.tiny
     rows = []
     for own, peer in PAIRS:
-        if arguments.peers and peer not in arguments.peers.split(","):
+        if peer not in arguments.peers:
             continue
         for batch in arguments.batches.split(","):
             for context in arguments.contexts.split(","):
@@ -211,7 +211,8 @@ def main() -> None:
     parser.add_argument("--contexts", default="", help="separated by commas; default: 128,512,2048,8192")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--peers", default="", help="only these peers, separated by commas")
+    peers = dict.fromkeys(peer for _, peer in PAIRS)
+    parser.add_argument("--peers", type=among(peers), default=",".join(peers), help="only these, separated by commas")
     parser.add_argument("--steps", type=int, default=48)
     arguments = parser.parse_args()
     arguments.contexts = arguments.contexts or ("32,64" if arguments.tiny else "128,512,2048,8192")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from mixers_speed import GATE, TINY, Size, ours, train_times
 
-from common import WorkerError, options, provenance, run_worker, say, store
+from common import WorkerError, among, options, provenance, run_worker, say, store
 from trilemma import machine
 from trilemma.measure.memory import PeakMemory
 from trilemma.registry import available_mixers, mixer_class
@@ -93,7 +93,7 @@ def row(mixer: str, lengths: tuple[int, ...], arguments: argparse.Namespace) -> 
 def study(arguments: argparse.Namespace, size: Size, lengths: tuple[int, ...]) -> dict[str, Any]:
     """All mixers."""
     rows = []
-    for mixer in arguments.mixers.split(","):
+    for mixer in arguments.mixers:
         try:
             rows.append(row(mixer, lengths, arguments))
         except WorkerError as error:
@@ -128,12 +128,12 @@ def main() -> None:
     """Worker or study."""
     mixers = ["attention", *linear_mixers()]
     parser = options(__doc__, mixers, "growth")
-    parser.add_argument("--mixers", default=",".join(mixers), help="only these, separated by commas")
+    parser.add_argument(
+        "--mixers", type=among(mixers), default=",".join(mixers), help="only these, separated by commas"
+    )
     parser.add_argument("--length", type=int, help="of the worker")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a process")
     arguments = parser.parse_args()
-    if unknown := set(arguments.mixers.split(",")) - set(mixers):
-        parser.error(f"--mixers: not among {', '.join(mixers)}: {', '.join(sorted(unknown))}")
     lengths = TINY_LENGTHS if arguments.tiny else LENGTHS
     length = arguments.length or lengths[-1]
     size = Size(**{**(TINY if arguments.tiny else GATE), "length": length, "batch": lengths[-1] // length})

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store, without_timm
+from common import WorkerError, among, duel, options, provenance, run_worker, same_size, say, store, without_timm
 from trilemma import machine
 
 GATE = {"width": 512, "heads": 8, "length": 2048, "batch": 1}
@@ -288,8 +288,8 @@ def study(arguments: argparse.Namespace, size: Size) -> dict[str, Any]:
     """All cases and tasks, in turns."""
     base = [sys.executable, __file__, "--repeats", str(arguments.repeats)] + ["--tiny"] * arguments.tiny
     rows = []
-    for case in arguments.cases.split(",") if arguments.cases else CASES:
-        for task in arguments.tasks.split(","):
+    for case in arguments.cases:
+        for task in arguments.tasks:
             own = [*base, "--case", case, "--task", task, "--worker", "ours"]
             if task == "growth":
                 short, long = (size.length, 2 * size.length) if arguments.tiny else (SHORT, LONG)
@@ -328,8 +328,8 @@ def main() -> None:
     parser = options(__doc__, ("ours", "peer"), "mixers_speed")
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--task", choices=TASKS)
-    parser.add_argument("--cases", default="", help="only these, separated by commas")
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--cases", type=among(CASES), default=",".join(CASES), help="only these, separated by commas")
+    parser.add_argument("--tasks", type=among(TASKS), default=",".join(TASKS))
     parser.add_argument("--length", type=int, help="of the sequences")
     parser.add_argument("--repeats", type=int, default=8)
     arguments = parser.parse_args()

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import WorkerError, duel, options, provenance, run_worker, same_size, say, store
+from common import WorkerError, among, duel, options, provenance, run_worker, same_size, say, store
 from trilemma.measure.memory import PeakMemory
+
+MODES = ("eager", "compiled")
 
 # A system: its module, and a function of a batch that runs forward, loss and backward and returns the mean loss.
 Step = Callable[..., Tensor]
@@ -121,9 +123,9 @@ def study(benchmark: Benchmark, arguments: argparse.Namespace, size: Any) -> dic
     base = [sys.executable, benchmark.script, "--steps", str(arguments.steps), "--warm-up", str(arguments.warm_up)]
     base += ["--tiny"] if arguments.tiny else []
     duels = []
-    for mode in arguments.modes.split(","):
+    for mode in arguments.modes:
         for own, peer in benchmark.pairs:
-            if arguments.peers and peer not in arguments.peers.split(","):
+            if peer not in arguments.peers:
                 continue
             say(f"{own} against {peer}, {mode}")
             commands = [[*base, "--worker", name, "--mode", mode] for name in (own, peer)]
@@ -152,7 +154,7 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| ours | peer | mode | ours ms | peer ms | speed-up |", "|---|---|---|---|---|---|"]
     for item in result["duels"]:
         if item["speedup"] is None:
-            numbers = f"- | - | not measured: {item['reason'].splitlines()[0]}"
+            numbers = f"- | - | not measured: {item['reason'].splitlines()[-1]}"
         else:
             numbers = f"{item['ours_median']:.1f} | {item['peer_median']:.1f} | {item['speedup']:.2f}x"
         lines.append(f"| {item['ours']} | {item['peer']} | {item['mode']} | {numbers} |")
@@ -162,9 +164,10 @@ def table(result: dict[str, Any]) -> str:
 def main(benchmark: Benchmark) -> None:
     """Worker or study."""
     parser = options(benchmark.description, benchmark.systems, benchmark.name)
-    parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
-    parser.add_argument("--modes", default="eager,compiled")
-    parser.add_argument("--peers", default="", help="only these peers, separated by commas")
+    parser.add_argument("--mode", choices=MODES, default="eager")
+    peers = dict.fromkeys(peer for _, peer in benchmark.pairs)
+    parser.add_argument("--modes", type=among(MODES), default=",".join(MODES))
+    parser.add_argument("--peers", type=among(peers), default=",".join(peers), help="only these, separated by commas")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2)
     arguments = parser.parse_args()

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from common import options, provenance, run_worker, say, store
+from common import among, options, provenance, run_worker, say, store
 from trilemma import machine
 from trilemma.measure.memory import PeakMemory
 
@@ -215,7 +215,7 @@ def study(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str, 
     weights = prepare(size, folder)
     command = [sys.executable, __file__, "--folder", str(folder), "--sentences", str(size.sentences)]
     command += ["--tiny"] * arguments.tiny
-    systems = arguments.systems.split(",")
+    systems = arguments.systems
     rows = []
     for case in arguments.cases.split(","):
         found: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
@@ -288,7 +288,7 @@ def main() -> None:
     parser = options(__doc__, SYSTEMS, "translation_speed", rounds=3)
     parser.add_argument("--case", default="1x1", help="of the worker")
     parser.add_argument("--folder", type=Path, help="of the worker: the model in all formats")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", type=among(SYSTEMS), default=",".join(SYSTEMS))
     parser.add_argument("--cases", default=",".join(CASES), help="rows x beam, separated by commas")
     parser.add_argument("--sentences", type=int, help="translated by each process")
     parser.add_argument("--full", action="store_true", help="1,000 sentences")

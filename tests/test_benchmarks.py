@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Iterator
@@ -90,3 +91,11 @@ def test_growth_is_of_every_mixer_with_a_constant_state_and_its_exponent_is_the_
     lengths = [256, 512, 1024, 4096]
     assert growth.exponent(lengths, [3.0 * length**1.5 for length in lengths]) == pytest.approx(1.5)
     assert growth.exponent(lengths, [7.0] * 4) == pytest.approx(0.0)
+
+
+def test_an_option_takes_known_names_only() -> None:
+    common = importlib.import_module("common")
+    names = common.among(["eager", "compiled"])
+    assert names("compiled,eager") == ["compiled", "eager"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^not among eager, compiled: eagre$"):
+        names("eager,eagre")
