@@ -29,6 +29,7 @@ SET: dict[str, tuple[str, list[str], list[str]]] = {
     "decode_lm": ("one token of a language model", [], ["--tiny", "--rounds", "1"]),
     "mixers_speed": ("one layer of each mixer", [], ["--tiny", "--rounds", "1"]),
     "growth": ("growth with the length", [], ["--tiny", "--rounds", "1", "--mixers", "attention,retention,lstm"]),
+    "data_speed": ("text preparation, loading, padding", [], ["--tiny", "--rounds", "1"]),
     "multi30k_marian": ("quality in a given time, of a peer", [], ["--tiny"]),
 }
 

@@ -298,9 +298,10 @@ def data(result: Result | None) -> Section:
     """data_speed.json."""
     found = {"prepare": [], "padding": {}} if result is None else result
     prepared: list[Result] = found["prepare"]
-    growths: dict[str, list[float]] = {}
+    growths: dict[tuple[str, str], list[float]] = {}
     for row in prepared:
-        growths.setdefault(row["task"], []).append(row["memory_growth_bytes"])
+        for kind in ("memory_growth_bytes", "tokens_memory_growth_bytes"):
+            growths.setdefault((row["task"], kind), []).append(row[kind])
     constant = [held[-1] / held[0] for held in growths.values()]
     waited = found["loading"]["share"] if "loading" in found else None
     promises = [
@@ -310,7 +311,8 @@ def data(result: Result | None) -> Section:
         promise("goal", "padding at most 0.05 of the tokens", list(found["padding"].values()), most=0.05),
     ]
     about = (
-        "Text is prepared from raw files to a dataset, tokenizer included; a step waits for its batches in the trainer."
+        "Text is prepared from raw files to a dataset, with the training of a tokenizer and, in brackets, with one at "
+        "hand; a step waits for its batches in the trainer."
     )
     section = Section("Data", about, promises)
     if result is None:
@@ -318,8 +320,9 @@ def data(result: Result | None) -> Section:
     rows = []
     for row in prepared:
         what = f"prepared for {row['task']}, {row['bytes'] / 1e6:,.0f} MB"
-        held = f"{megabytes(row['memory_growth_bytes'])} MB held"
-        rows.append((what, f"{row['gb_per_hour_core']:.2f} GB an hour a core, {held}"))
+        speed = f"{row['gb_per_hour_core']:.2f} ({row['tokens_gb_per_hour_core']:.2f}) GB an hour a core"
+        held = f"{megabytes(row['memory_growth_bytes'])} ({megabytes(row['tokens_memory_growth_bytes'])}) MB held"
+        rows.append((what, f"{speed}, {held}"))
     rows += [("waiting for batches", f"{waited:.1%} of a step")]
     rows += [
         (f"padding, budget {int(budget):,}", f"{part:.1%} of the tokens") for budget, part in found["padding"].items()

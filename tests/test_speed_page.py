@@ -159,14 +159,17 @@ def test_growth_is_shown_and_drawn(plant: Plant, generator: ModuleType, tmp_path
 def test_data_is_shown_with_its_shares(plant: Plant) -> None:
     sizes = ((32e6, 1.5, 100e6), (128e6, 1.4, 120e6))
     prepared = [
-        {"task": "seq2seq", "bytes": size, "gb_per_hour_core": rate, "memory_growth_bytes": held}
+        {
+            "task": "seq2seq", "bytes": size, "gb_per_hour_core": rate, "memory_growth_bytes": held,
+            "tokens_gb_per_hour_core": 9.0, "tokens_memory_growth_bytes": 2e6,
+        }
         for size, rate, held in sizes
-    ]
+    ]  # fmt: skip
     stored = {"prepare": prepared, "loading": {"share": 0.012}, "padding": {"1024": 0.04, "4096": 0.06}}
     text = plant("data_speed", stored)
     assert "| gate | text prepared at 1 GB an hour a core | 1.40 to 1.50 | yes |" in text
-    assert "at most 1.1x the shortest's | 1.20 | no |" in text
+    assert "at most 1.1x the shortest's | 1.00 to 1.20 | no |" in text
     assert "| gate | waiting for batches at most 0.03 of a training step | 0.01 | yes |" in text
     assert "| goal | padding at most 0.05 of the tokens | 0.04 to 0.06 | no |" in text
-    assert "| prepared for seq2seq, 128 MB | 1.40 GB an hour a core, 120 MB held |" in text
+    assert "| prepared for seq2seq, 128 MB | 1.40 (9.00) GB an hour a core, 120 (2) MB held |" in text
     assert "| padding, budget 4,096 | 6.0% of the tokens |" in text
