@@ -37,6 +37,7 @@ from trilemma.data.readers import (
 from trilemma.data.splits import Partition
 from trilemma.data.tokenizer import Tokenizer, bring_tokenizer, train_tokenizer
 from trilemma.errors import ConfigError, DataError, nearest
+from trilemma.machine import return_freed_memory
 
 _PREPARE_VERSION = 1
 _BATCH = 1000
@@ -323,6 +324,7 @@ def _tokenizer(config: RunConfig, inputs: list[_Input], root: Path) -> Tokenizer
             return Tokenizer.load(path)
         progress = Progress(f"training a {config.tokenizer.kind} tokenizer on {inputs[0].name}")
         trained = train_tokenizer(_counted(inputs, progress), config.tokenizer, lowercase)
+        return_freed_memory()  # of the words that were counted, which text and its index would be held on top of
         temporary = path.with_suffix(".tmp")
         trained.save(temporary)
         temporary.replace(path)
