@@ -111,6 +111,8 @@ def test_every_option_named_in_the_text_exists() -> None:
     for verb, sub in [*((verb, "") for verb in cli.VERBS if verb != "data"), ("data", "check")]:
         command, _ = command_of(verb, [sub])
         known |= {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known.update(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose(page.read_text(encoding="utf-8"))))
         assert named <= known, f"{page.name} names {sorted(named - known)}"
