@@ -110,7 +110,7 @@ def test_every_option_named_in_the_text_exists() -> None:
     known = {"--help", "--version", "--plugin", *FOREIGN_OPTIONS}
     for verb, sub in [*((verb, "") for verb in cli.VERBS if verb != "data"), ("data", "check")]:
         command, _ = command_of(verb, [sub])
-        known |= {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        known |= {o for part in command.params for o in (*part.opts, *part.secondary_opts) if o.startswith("--")}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known.update(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     for page in PAGES:
