@@ -183,7 +183,8 @@ def keep_freed_memory() -> bool:
     """Tells the C library to keep freed memory for the next allocation; True where it understood (glibc).
 
     By default it hands every large block back to the kernel and gets it again one faulting page at a time, which takes
-    a sixth of a training step on a CPU. Peak memory stays what it was; it is only given back when the process ends.
+    a sixth of a training step on a CPU, and of a beam's. Peak memory stays what it was; it is only given back when the
+    process ends.
     """
     mallopt = getattr(_C_LIBRARY, "mallopt", None)
     if mallopt is None:

@@ -43,7 +43,7 @@ from trilemma.errors import (
     TrilemmaError,
     nearest,
 )
-from trilemma.machine import choose_device
+from trilemma.machine import choose_device, keep_freed_memory
 from trilemma.measure.evaluation import Evaluation, score_model, score_questions, score_texts
 from trilemma.measure.forced import forced_token_nats
 from trilemma.measure.reading import Classified as Classified
@@ -181,6 +181,8 @@ def _opened(
     if coded and run.config.model.quantization is None:
         quantize(run.model)
     pack(run.model)
+    if run.model.device.type == "cpu":
+        keep_freed_memory()
     return run
 
 

@@ -70,7 +70,10 @@ def test_a_run_that_was_altered_is_not_read(make_run: MakeRun, capsys: pytest.Ca
         (["quantize", "nowhere"], "nowhere"),
         (["export", "{small}", "--to", "hf", "--out", "{run}-hf"], "its weights are in 8 bits; export the run"),
         (["evaluate", "{small}", "--dtype", "bfloat16"], "its weights are in 8 bits and all else in float32"),
-        (["train", "{run}.yaml", "--from", "{small}", "--out", "{run}-3"], "its weights are in 8 bits; start from the run"),
+        (
+            ["train", "{run}.yaml", "--from", "{small}", "--out", "{run}-3"],
+            "its weights are in 8 bits; start from the run",
+        ),
     ],
 )
 def test_refusals(make_run: MakeRun, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,6 +177,7 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 def test_refusals() -> None:
     with pytest.raises(CapabilityError, match="nothing to quantize: no layer of this model is 32 wide"):
         quantize(model_of("attention", d_model=16, d_ff=16))
+    data = {"train": {"generated": "copy", "size": 10}}
+    config = {"model": {"quantization": "int8"}, "data": data, "training": {"steps": 1}}
     with pytest.raises(ConfigError, match=r"model\.quantization is of trained weights"):
-        data = {"train": {"generated": "copy", "size": 10}}
-        train({"model": {"quantization": "int8"}, "data": data, "training": {"steps": 1}}, quiet=True)
+        train(config, quiet=True)

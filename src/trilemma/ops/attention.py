@@ -15,7 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from trilemma.ops.mixing import mixes
 from trilemma.ops.truth import TruthPair, drawn_integer, drawn_normal, drawn_uniform
 
-_FEW_QUERIES = 16  # with fewer, a CPU's fused kernel is up to five times slower in bfloat16 than in float32
+# Where a CPU's fused kernel is slow in bfloat16: for few queries (float32 is up to five times faster), and for few keys
+# (so are matrix products, six times with the backward pass).
+_FEW_QUERIES, _FEW_KEYS = 16, 256
 
 
 def attention_mask(
@@ -79,9 +81,25 @@ def attend(
     Returns:
         [B, H, L, F].
     """
-    if queries.dtype == torch.bfloat16 and queries.device.type == "cpu" and queries.shape[2] < _FEW_QUERIES:
-        wide = attend(queries.float(), keys.float(), values.float(), mask, bias, is_causal, scale)
-        return wide.to(queries.dtype)
+    if queries.dtype == torch.bfloat16 and queries.device.type == "cpu":
+        if queries.shape[2] < _FEW_QUERIES:
+            wide = (queries.float(), keys.float(), values.float())
+            return _attend_fused(*wide, mask, bias, is_causal, scale).to(queries.dtype)
+        if keys.shape[2] <= _FEW_KEYS:
+            return _attend_by_products(queries, keys, values, mask, bias, is_causal, scale)
+    return _attend_fused(queries, keys, values, mask, bias, is_causal, scale)
+
+
+def _attend_fused(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """`attend` by torch's kernel."""
     shared = keys.shape[1] != queries.shape[1]
     if mask is None and bias is None:
         return scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, scale=scale, enable_gqa=shared)
@@ -95,6 +113,32 @@ def attend(
         else:
             scores = scores.masked_fill(~open_mask, -math.inf)
     out = scaled_dot_product_attention(queries, keys, values, attn_mask=scores, scale=scale, enable_gqa=shared)
+    return out if blind is None else out.masked_fill(blind, 0)
+
+
+def _attend_by_products(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """`attend` out of matrix products; the probabilities [B, H, L, K] are kept for the backward pass."""
+    batch, heads, length, dim = queries.shape
+    queries = queries * (1 / math.sqrt(dim) if scale is None else scale)
+    scores = (queries.reshape(batch, keys.shape[1], -1, dim) @ keys.mT).view(batch, heads, length, -1)
+    if bias is not None:
+        scores = scores.float() + bias
+    if is_causal:
+        mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=keys.device).tril()[None, None]
+    blind = None
+    if mask is not None:
+        blind = None if is_causal else ~mask.any(dim=-1, keepdim=True)
+        scores = scores.masked_fill(~(mask if blind is None else mask | blind), -math.inf)
+    shares = scores.softmax(-1).to(values.dtype)
+    out = (shares.view(batch, keys.shape[1], -1, keys.shape[2]) @ values).view(batch, heads, length, -1)
     return out if blind is None else out.masked_fill(blind, 0)
 
 
