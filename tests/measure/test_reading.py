@@ -199,6 +199,9 @@ def test_a_split_without_mistakes_stops_at_the_bound() -> None:
     scores = np.log(np.array([[0.9, 0.1], [0.2, 0.8]]))
     assert fit_temperature(scores, [0, 1]).temperature == pytest.approx(0.05)
     assert fit_temperature(scores, [0, 1]).at_bound
+    for margin in (1.0, 3.0, 10.0, 40.0):  # the slope is rounding long before the bound
+        sure = np.array([[0.0, -margin], [-2 * margin, 0.0]])
+        assert fit_temperature(sure - np.logaddexp.reduce(sure, axis=1, keepdims=True), [0, 1]).at_bound
     certain = np.array([[0.0, -np.inf], [-np.inf, 0.0]])
     assert np.isfinite(fit_temperature(certain, [0, 1]).loss_after)
 

@@ -90,6 +90,8 @@ def fit_temperature(log_probabilities: Array, labels: Sequence[int] | NDArray[np
         return float(((weights * finite).sum(1) - log_probabilities[rows, wanted]).sum())
 
     low, high = 1 / HIGHEST, 1 / LOWEST
+    if (log_probabilities[rows, wanted] == log_probabilities.max(1)).all():
+        low = high  # always right: the surer the better, until the slope is below rounding
     while high / low > 1 + 1e-9:
         middle = math.sqrt(low * high)
         if slope(middle) < 0:
