@@ -46,6 +46,9 @@ installed."""
 FIRST = ("", "promised", "reached", "met")
 
 
+DECODE_CELLS = 8  # four contexts, one row and sixteen
+
+
 def sections() -> dict[str, Section]:
     """Stem of the picture -> section."""
     return {
@@ -157,15 +160,16 @@ def decoding(result: Result | None) -> Section:
     def of(own: str, peer: str) -> list[Result]:
         return [row for row in rows if row["pair"] == [f"ours-{own}", peer]]
 
-    def speedups(own: str, peer: str) -> list[float]:
-        return [row["speedup"] for row in of(own, peer)]
+    def speedups(own: str, peer: str) -> list[float | None]:
+        found = [row["speedup"] for row in of(own, peer)]
+        return found + [None] * (DECODE_CELLS - len(found))
 
     recurrent = [
         [row for row in of(*pair) if row["batch"] == batch]
         for pair in (("retention", "torchscale"), ("mamba2", "mamba2"))
         for batch in sorted({row["batch"] for row in rows})
     ]
-    flat = [some[-1]["ours_median"] / some[0]["ours_median"] for some in recurrent if some]
+    flat = [some[-1]["ours_median"] / some[0]["ours_median"] for some in recurrent if len(some) > 1]
     floors = [row["ours_median"] / row["floor_ms"] for row in rows if row["batch"] == 1]
     promises = [
         promise("gate", "attention no slower than a plain loop over a ready cache", speedups("attention", "loop"), 1),
