@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.errors import CapabilityError, ConfigError
+from trilemma.machine import Ceilings
+from trilemma.measure import cost
 from trilemma.models import SequenceModel, build_model, pack, packing, products, quantize
 from trilemma.nn import linear
 from trilemma.nn.linear import Int8Linear, PackedInt8Linear, PackedLinear, quantize_rows, quantize_rows_naive
@@ -18,6 +21,7 @@ from trilemma.runs.tensors import model_tensors
 from trilemma.train import train
 
 VOCABULARY = 101
+LIMITS = Ceilings("cpu", 100.0, 100.0, [[1, 10.0]], 1.0, 1.0)
 CAUSAL = [name for name in available_mixers() if mixer_class(name).capabilities.causal and name != "yoco"]
 
 
@@ -97,6 +101,32 @@ def test_heads_tied_or_not(layout: str, tied: bool) -> None:
     assert not any(name.startswith("output.") for name in names)
     assert ("projection.codes" in names) != tied  # of a tied head the table's own codes are kept once
     assert share(read(pack(coded))[0], expected) < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packing_changes_neither_counts_nor_the_bytes_that_a_step_reads(tied: bool) -> None:
+    """A tied table is packed beside itself: it must not count twice."""
+    plain = model_of("attention", tie_embeddings=tied, logit_bias=True)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    for model in (plain, quantize(copy.deepcopy(plain))):
+        found = []
+        for one in (copy.deepcopy(model), pack(model)):
+            with torch.no_grad():
+                state = one.prefill(ids)[1]
+                read = cost.parameter_bytes_read(one, functools.partial(one.step, ids, state))
+            found.append((one.parameter_counts(), read))
+        assert found[0] == found[1]
+
+
+def test_costs_of_weights_that_cannot_be_copied_or_trained() -> None:
+    packed = pack(model_of("attention"))
+    rows = cost.measure_decode(packed, [4], new_tokens=1, repeats=1, limits=LIMITS)
+    assert rows[0]["path"] == "plain/cpu/packed-float32"
+    with pytest.raises(CapabilityError, match=r"the weights are packed-float32: they cannot be measured as torch.bf"):
+        cost.measure_decode(packed, [4], dtype=torch.bfloat16, limits=LIMITS)
+    for model in (packed, quantize(model_of("attention"))):
+        with pytest.raises(CapabilityError, match="for inference only: their training has no cost"):
+            cost.measure_training(model, limits=LIMITS)
 
 
 def test_a_masked_language_model_and_a_classifier() -> None:

@@ -79,6 +79,18 @@ def test_growth_is_by_halves_and_reserve_is_exact() -> None:
     assert state.reserve(10) is state
 
 
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_chosen_rows_keep_reserved_room_and_drop_what_only_grew(capacity: int | None) -> None:
+    state = cache(capacity=capacity)
+    with torch.no_grad():
+        for _ in range(30):
+            seen, state = state.append(tokens(2, 1), tokens(2, 1), None)
+        state = state.select(torch.tensor([1, 0, 1]))
+    assert state.keys.shape[2] == (36 if capacity is None else capacity)
+    assert torch.equal(state.keys[:, :, :30], seen.keys[[1, 0, 1]])
+    assert not state.keys[:, :, 30:].any()
+
+
 def test_bytes_held_and_reserved() -> None:
     state = cache(capacity=10)
     _, state = state.append(tokens(2, 4), tokens(2, 4), torch.tensor([4, 1]))

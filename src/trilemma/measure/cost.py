@@ -96,7 +96,7 @@ def measure_decode(
         batch_sizes: rows decoded together.
         new_tokens: steps timed in each repeat.
         repeats: medians are taken over these.
-        dtype: None: the weights' own type; else a converted copy of the model is measured.
+        dtype: of the copy that is measured; None: the weights' own.
         source_length: tokens of source, at most the context less one.
         max_seconds: for each cell about; a cell that takes longer is repeated less often, and says so.
         seed: of the random tokens.
@@ -108,6 +108,7 @@ def measure_decode(
 
     Raises:
         ConfigError: a context or batch size below 1.
+        CapabilityError: another `dtype` for weights in 8 bits or packed ones.
     """
     if min([*contexts, *batch_sizes, new_tokens, repeats], default=0) < 1:
         raise ConfigError("contexts, batch sizes, new tokens and repeats are numbers of at least 1")
@@ -145,6 +146,8 @@ def measure_training(
         step_ms (median), tokens_per_second (target tokens), flops (3 x forward), compute_fraction, peak_memory_bytes
         (growth), path, batch, length, source_length, repeats.
     """
+    if products(model) != str(model.dtype).removeprefix("torch."):
+        raise CapabilityError(f"the weights are {products(model)}, for inference only: their training has no cost")
     subject = copy.deepcopy(model).train()
     device = subject.device
     source_length = (source_length or length) if subject.layout == "encoder-decoder" else 0
@@ -345,8 +348,14 @@ class _Bench:
 
 
 def _prepared(model: SequenceModel, dtype: torch.dtype | None) -> SequenceModel:
-    """A copy that decodes as `trilemma generate` does: in evaluation mode, and packed where this machine packs."""
-    return pack(copy.deepcopy(model).to(dtype=dtype).eval())
+    """A copy that decodes as `trilemma generate` does: in evaluation mode, and packed where this machine packs.
+
+    A packed model, which cannot be copied, is ready as it is.
+    """
+    kind = products(model)
+    if dtype not in (None, model.dtype) and ("packed" in kind or "int8" in kind):
+        raise CapabilityError(f"the weights are {kind}: they cannot be measured as {dtype}")
+    return model.eval() if "packed" in kind else pack(copy.deepcopy(model).to(dtype=dtype).eval())
 
 
 def _random_tokens(model: SequenceModel, batch: int, length: int, seed: int) -> Tensor:

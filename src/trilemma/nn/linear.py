@@ -31,7 +31,7 @@ class PackedLinear(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_ROWS)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -70,12 +70,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         codes, scale = quantize_rows(x.float())
-        return self._scaled(codes.float() @ self.codes.float().t(), scale).to(x.dtype)
-
-    def _scaled(self, sums: Tensor, scale: Tensor) -> Tensor:
-        """Sums of codes [..., N] in units of the inputs, whose scale is [..., 1]."""
-        scaled = sums * self.scale * scale
-        return scaled if self.bias is None else scaled + self.bias
+        y = codes.float() @ self.codes.float().t() * self.scale * scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`."""
@@ -135,7 +131,7 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 -> [..., K] float32."""
-        return self.codes[ids] * self.scale[ids][..., None]
+        return nn.functional.embedding(ids, self.codes) * self.scale[ids][..., None]
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
