@@ -9,6 +9,7 @@ from trilemma.config import MixerSpec, ModelConfig
 from trilemma.errors import CapabilityError, ConfigError
 from trilemma.mixers.base import Mixer, Published, Shared, build_from_spec, build_mixer
 from trilemma.mixers.cross_attention import CrossAttention
+from trilemma.nn.dropout import Dropout
 from trilemma.nn.feedforward import FeedForward
 from trilemma.nn.norms import make_norm
 from trilemma.ragged import Ragged
@@ -26,7 +27,7 @@ class SubLayer(nn.Module):
         super().__init__()
         self.part = part
         self.norm = make_norm(config.norm, config.d_model, config.norm_epsilon, config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.pre = config.norm_position == "pre"
 
     def forward(

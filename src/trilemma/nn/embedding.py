@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.errors import CapabilityError, ConfigError, LengthError
+from trilemma.nn.dropout import Dropout
 from trilemma.nn.norms import make_norm
 from trilemma.nn.positions import sinusoid
 from trilemma.ragged import Ragged, call_positions
@@ -75,7 +76,7 @@ class Embedding(nn.Module):
         self.types = nn.Embedding(token_types, d_model) if token_types else None
         self.learned = nn.Embedding(max_length, d_model) if positions == "learned" and max_length else None
         self.norm = make_norm("layernorm", d_model, epsilon) if norm else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         deviation = d_model**-0.5 if scale else 0.02
         for table in (self.tokens, self.types, self.learned):
             if table is not None:
