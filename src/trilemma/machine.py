@@ -36,6 +36,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 # Instruction sets that decide which paths are fast; names as Linux prints them.
 _ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 _NATIVE_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+NO_BFLOAT16 = "this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16 or Arm bf16)"
 
 # bfloat16 is chosen on a CPU only where a whole training step gains at least this factor from it.
 _WORTHWHILE_GAIN = 1.15
@@ -131,11 +132,16 @@ def choose_precision(device: str) -> tuple[str, str]:
         return "float32", f"bfloat16 is not validated on {device}"
     native = _NATIVE_BFLOAT16.intersection(_instruction_sets())
     if not native:
-        return "float32", "this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16 or Arm bf16)"
+        return "float32", NO_BFLOAT16
     gain = ceilings("cpu").autocast_gain
     if gain >= _WORTHWHILE_GAIN:
         return "bfloat16", f"{', '.join(sorted(native))}: a training step is {gain:.1f} times as fast as in float32"
     return "float32", f"{', '.join(sorted(native))} is there, but a training step gains only a factor {gain:.2f}"
+
+
+def emulates_bfloat16(device: str) -> bool:
+    """Whether bfloat16 is computed without instructions for it, many times slower than float32."""
+    return device == "cpu" and not _NATIVE_BFLOAT16.intersection(_instruction_sets())
 
 
 def environment(device: str = "cpu", precision: str | None = None, compile: bool | None = None) -> dict[str, Any]:  # noqa: A002

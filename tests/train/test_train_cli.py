@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trilemma import machine
 from trilemma.cli.main import main
 from trilemma.train import progress, train
 
@@ -43,6 +44,17 @@ def test_train_resume_and_the_json_line(
     assert "resumed after step 4" in capsys.readouterr().err
     assert main(["train", file, "--out", out, "--resume", "model.d_model=24"]) == 2
     assert "model.d_model is 24, but the run was started with 16" in capsys.readouterr().err
+
+
+def test_bfloat16_without_instructions_for_it_is_obeyed_with_a_warning(
+    tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tiny_config(steps=1, precision="bfloat16"))
+    for instructions, warned in ((("avx2",), True), (("avx512f", "avx512_bf16"), False)):
+        monkeypatch.setattr(machine, "_instruction_sets", lambda instructions=instructions: instructions)
+        assert main(["train", file, "--out", str(tmp_path / instructions[-1])]) == 0
+        warning = "training.precision: bfloat16 (as asked, many times slower than float32: this CPU has no bfloat16"
+        assert (warning in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def choose(
     device = changes.get("device", training.device)
     if training.precision == "auto":
         changes["precision"], notes["training.precision"] = machine.choose_precision(device)
+    elif training.precision == "bfloat16" and machine.emulates_bfloat16(device):
+        notes["training.precision"] = f"as asked, many times slower than float32: {machine.NO_BFLOAT16}"
     if model is not None:
         changes["backend"], reason = _backend(training.model_copy(update=changes), model, notes, say)
         if training.backend == "auto":
