@@ -63,6 +63,16 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def twice(self) -> Batch:
+        """All rows, then all again in the same order, which dropout will treat differently."""
+        return replace(
+            self,
+            **{name: torch.cat([value, value]) for name, value in vars(self).items() if isinstance(value, Tensor)},
+            num_targets=2 * self.num_targets,
+            num_tokens=2 * self.num_tokens,
+            examples=2 * self.examples,
+        )
+
 
 def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:
     """Right-padded [batch, longest `as_padded`] and the lengths [batch]."""
