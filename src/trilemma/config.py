@@ -166,6 +166,13 @@ class TrainingConfig(Section):
     r_drop: float | None = Field(
         None, gt=0, description="alpha of R-Drop: each row runs twice, and its two predictions are drawn together"
     )
+    subword_dropout: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of BPE merges left out of the training text, drawn anew for each copy of it",
+    )
+    subword_copies: int = Field(8, ge=1, description="of the training text, with subword_dropout; epochs take turns")
     mask_fraction: float = Field(0.15, gt=0, lt=1, description="masked language model: text tokens that are predicted")
     masking: Literal["bert", "all"] = Field(
         "bert", description="of these, 80 % become the mask, 10 % another token, 10 % stay; or all become the mask"
