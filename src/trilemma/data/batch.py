@@ -65,13 +65,12 @@ class Batch:
 
     def twice(self) -> Batch:
         """All rows, then all again in the same order, which dropout will treat differently."""
-        return replace(
-            self,
-            **{name: torch.cat([value, value]) for name, value in vars(self).items() if isinstance(value, Tensor)},
-            num_targets=2 * self.num_targets,
-            num_tokens=2 * self.num_tokens,
-            examples=2 * self.examples,
-        )
+        values: dict[str, Any] = {
+            name: torch.cat([value, value]) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        for name in ("num_targets", "num_tokens", "examples"):
+            values[name] = 2 * getattr(self, name)
+        return replace(self, **values)
 
 
 def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:
