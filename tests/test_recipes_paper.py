@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from trilemma.compare.matching import skeleton
-from trilemma.config import RunConfig, load_config
+from trilemma.compare.expand import expand
+from trilemma.compare.matching import count, skeleton
+from trilemma.compare.records import flatten
+from trilemma.config import RunConfig, load_config, load_study
 from trilemma.train.schedules import learning_rate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -111,3 +113,34 @@ def test_a_recipe_says_where_its_numbers_come_from(name: str) -> None:
     head = (RECIPES / f"transformer-{name}.yaml").read_text(encoding="utf-8").partition("\nname:")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert ("Wu et al." if name == "tiny" else "arXiv 1706.03762v7") in head
+
+
+def test_the_ablations_start_from_the_published_recipe() -> None:
+    """The reference is transformer-tiny but for the budget; each candidate leaves it in one step, the last in all."""
+    study = load_study(RECIPES / "transformer-tiny-ablations.yaml")
+    published = flatten(recipe("tiny").model_dump(mode="json"))
+    base = flatten(study.base.model_dump(mode="json"))
+    assert {key for key in base if base[key] != published[key]} == {
+        "name", "training.steps", "training.warmup_steps", "training.patience",
+    }  # fmt: skip
+    assert base["training.warmup_steps"] * 4 == published["training.warmup_steps"]
+    steps = {one.name: set(one.overrides) for one in study.candidates}
+    assert steps.pop("published") == set()
+    together = steps.pop("all together")
+    steps.pop("no averaging")
+    assert together == set().union(*steps.values())
+    assert {"training.r_drop", "training.subword_dropout", "training.ema", "model.norm_position"} <= together
+    sizes = [count(variant.config.model) for variant in expand(study).variants]
+    assert max(sizes) / min(sizes) < 1.001
+
+
+def test_the_heirs_keep_their_depth_at_equal_parameters() -> None:
+    found = expand(load_study(RECIPES / "translation-heirs.yaml"))
+    assert not found.inequalities
+    sizes = [count(variant.config.model) for variant in found.variants]
+    assert max(sizes) / min(sizes) < 1.02
+    for variant in found.variants:
+        model = variant.config.model
+        assert (model.num_layers, model.encoder_layers) == (4, None)
+        assert model.d_ff is not None
+        assert model.d_ff >= 2 * model.d_model

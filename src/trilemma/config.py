@@ -163,6 +163,16 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float | None = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    r_drop: float | None = Field(
+        None, gt=0, description="alpha of R-Drop: each row runs twice, and its two predictions are drawn together"
+    )
+    subword_dropout: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of BPE merges left out of the training text, drawn anew for each copy of it",
+    )
+    subword_copies: int = Field(8, ge=1, description="of the training text, with subword_dropout; epochs take turns")
     mask_fraction: float = Field(0.15, gt=0, lt=1, description="masked language model: text tokens that are predicted")
     masking: Literal["bert", "all"] = Field(
         "bert", description="of these, 80 % become the mask, 10 % another token, 10 % stay; or all become the mask"
@@ -181,6 +191,11 @@ class TrainingConfig(Section):
     target_accuracy: float | None = Field(None, gt=0, le=1, description="probes: validation accuracy that ends the run")
     log_every: int = Field(20, ge=1, description="steps")
     tensorboard: Literal["auto", "on", "off"] = Field("auto", description="auto: where the package is installed")
+
+    @property
+    def forward_passes(self) -> int:
+        """How often a step runs each of its rows."""
+        return 1 if self.r_drop is None else 2
 
 
 class DecodingConfig(Section):

@@ -143,7 +143,8 @@ def test_a_locked_budget_is_the_only_thing_that_ends_a_run(lock: str, dataset: D
 def test_a_flops_budget_becomes_steps_that_are_counted(dataset: Dataset) -> None:
     amount = 3e9
     other = {"name": "b", "overrides": {"model.layout": "decoder-only"}}
-    rivals = study({"name": "a"}, other, budget={"lock": "flops", "amount": amount})
+    twice = {"name": "c", "overrides": {"training.r_drop": 5.0}}
+    rivals = study({"name": "a"}, other, twice, budget={"lock": "flops", "amount": amount})
     found = expand(rivals, dataset)
     found_steps = {}
     for variant in found.variants:
@@ -152,10 +153,12 @@ def test_a_flops_budget_becomes_steps_that_are_counted(dataset: Dataset) -> None
         steps = variant.config.training.steps
         assert steps is not None
         found_steps[variant.name] = steps
-        spent = sum(3 * flops_of(model, own.micro_batch(k), {}) for k in range(steps))
+        passes = 2 if variant.name == "c" else 1
+        spent = passes * sum(3 * flops_of(model, own.micro_batch(k), {}) for k in range(steps))
         one = spent / steps
         assert abs(spent - amount) <= one
     assert all(steps > 3 for steps in found_steps.values())
+    assert found_steps["c"] < 0.6 * found_steps["a"]
 
 
 def test_validations_fall_on_a_quarter_and_half_of_the_budget(dataset: Dataset) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilemma.config import RunConfig, parse
 from trilemma.data import IGNORE, Batch, Dataset, Tokenizer, prepare
+from trilemma.data.subwords import SubwordDropout
 from trilemma.decode.prompts import Prompts
 from trilemma.errors import CapabilityError, ConfigError, DataError
 
@@ -272,3 +273,90 @@ def test_a_mixture_sees_its_parts_by_weight(tmp_path: Path) -> None:
         texts += [tokenizer.decode(row.tolist()) for row in source]
     assert sorted(t for t in texts if t[0] == "r") == sorted(3 * [f"r{i}" for i in range(10)])
     assert len({t for t in texts if t[0] == "m"}) == 20 == len([t for t in texts if t[0] == "m"])
+
+
+DROPOUT = {"subword_dropout": 0.3, "subword_copies": 3, "batch_tokens": 800}
+BPE = {"kind": "bpe", "vocab_size": 320}
+
+
+def rows(dataset: Dataset, epoch: int) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Source and target ids of each example, as an epoch reads them."""
+    found = {}
+    for k in range(epoch * dataset.batches_per_epoch, (epoch + 1) * dataset.batches_per_epoch):
+        batch = dataset.micro_batch(k)
+        assert batch.source is not None and batch.source_lengths is not None
+        for row, example in enumerate(batch.examples):
+            source = batch.source[row, : int(batch.source_lengths[row]) - 1]
+            found[example] = (tuple(source.tolist()), tuple(batch.inputs[row, 1 : int(batch.lengths[row])].tolist()))
+    return found
+
+
+def test_epochs_read_other_segmentations_of_the_same_text_in_turn(tmp_path: Path) -> None:
+    plain, tokenizer = prepare(config("encoder-decoder", NUMBERS, BPE, batch_tokens=800), cache_dir=tmp_path)
+    dropped, _ = prepare(config("encoder-decoder", NUMBERS, BPE, **DROPOUT), cache_dir=tmp_path)
+    epochs = [rows(dropped, epoch) for epoch in range(7)]
+    texts = {example: tuple(map(tokenizer.decode, pair)) for example, pair in rows(plain, 0).items()}
+    for found in epochs:
+        assert {example: tuple(map(tokenizer.decode, pair)) for example, pair in found.items()} == texts
+    assert epochs[0] == epochs[3] == epochs[6] and epochs[1] == epochs[4] and epochs[2] == epochs[5]
+    for one, two in ((0, 1), (1, 2), (0, 2)):
+        differing = sum(epochs[one][example] != epochs[two][example] for example in texts)
+        assert differing > 0.9 * len(texts)
+    assert "3 segmentations of the training text" in dropped.notes["data.copies"]
+
+
+def test_subword_dropout_changes_neither_order_nor_evaluation(tmp_path: Path) -> None:
+    plain, _ = prepare(config("encoder-decoder", NUMBERS, BPE, batch_tokens=800), cache_dir=tmp_path)
+    dropped, _ = prepare(config("encoder-decoder", NUMBERS, BPE, **DROPOUT), cache_dir=tmp_path)
+    assert dropped.order_hash(50) == plain.order_hash(50)
+    assert dropped.data_hash != plain.data_hash
+    for split in ("valid", "test"):
+        for one, two in zip(dropped.eval_batches(split), plain.eval_batches(split), strict=True):  # type: ignore[arg-type]
+            assert torch.equal(one.inputs, two.inputs)
+    late = dropped.micro_batch(200)
+    again, _ = prepare(config("encoder-decoder", NUMBERS, BPE, **DROPOUT), cache_dir=tmp_path)
+    assert again.data_hash == dropped.data_hash
+    assert torch.equal(again.micro_batch(200).inputs, late.inputs)
+
+
+def test_copies_are_found_in_the_cache_and_made_again_for_another_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed has no part in them: runs of a study share them."""
+    first = config("encoder-decoder", NUMBERS, BPE, **DROPOUT)
+    dataset, _ = prepare(first, cache_dir=tmp_path)
+    monkeypatch.setattr(SubwordDropout, "encode", None)
+    again, _ = prepare(first.model_copy(update={"seed": 9}), cache_dir=tmp_path)
+    assert again.data_hash == dataset.data_hash
+    for change in ({"subword_dropout": 0.2}, {"subword_copies": 4}):
+        with pytest.raises(TypeError):
+            prepare(config("encoder-decoder", NUMBERS, BPE, **{**DROPOUT, **change}), cache_dir=tmp_path)
+
+
+def test_labels_are_no_subwords(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.tsv", [f"number {number} is small\t{'yes' if number < 50 else 'no'}" for number in range(99)]
+    )
+    data = {"task": "classification", "train": {"path": path}}
+    dataset, tokenizer = prepare(config("encoder-only", data, BPE, **DROPOUT), cache_dir=tmp_path / "cache")
+    for k in range(3 * dataset.batches_per_epoch):
+        batch = dataset.micro_batch(k)
+        for row, example in enumerate(batch.examples):
+            assert tokenizer.decode(batch.inputs[row].tolist()) == f"number {example} is small"
+            assert dataset.label_names is not None
+            assert dataset.label_names[int(batch.labels[row])] == ("yes" if example < 50 else "no")
+
+
+@pytest.mark.parametrize(
+    ("layout", "data", "tokenizer", "message"),
+    [
+        ("decoder-only", {"task": "language-model"}, BPE, "seq2seq and classification, not language-model"),
+        ("encoder-decoder", {}, {"kind": "unigram", "vocab_size": 320}, r"set tokenizer\.kind=bpe"),
+        ("encoder-decoder", {}, BYTE, r"set tokenizer\.kind=bpe"),
+    ],
+)
+def test_where_there_are_no_subwords_to_drop(
+    tmp_path: Path, layout: str, data: dict[str, Any], tokenizer: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(config(layout, {**NUMBERS, **data}, tokenizer, **DROPOUT), cache_dir=tmp_path)

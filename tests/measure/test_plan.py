@@ -110,6 +110,16 @@ def test_flops_are_what_torch_counts(layout: str) -> None:
     assert plan.flops == 10 * plan.step_flops
 
 
+def test_r_drop_takes_twice_the_arithmetic_and_the_activations() -> None:
+    plain, twice = (
+        plan_training(config_of(model__dropout=0.1, training__r_drop=alpha), GPUS["A100"]) for alpha in (None, 5.0)
+    )
+    assert twice.step_flops == 2 * plain.step_flops
+    assert twice.flops == 2 * plain.flops
+    assert twice.memory.activations == pytest.approx(2 * plain.memory.activations, rel=0.02)
+    assert (twice.tokens, twice.rows) == (plain.tokens, plain.rows)
+
+
 @pytest.mark.parametrize("ema", [None, 0.99])
 def test_files_are_as_large_as_planned(ema: float | None) -> None:
     config = config_of(training__ema=ema)

@@ -15,7 +15,7 @@ Contents = Callable[[Path], dict[str, Any]]
 Tiny = Callable[..., dict[str, Any]]
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "encoder-decoder": ("encoder-decoder", {"validate_every": 2}),
+    "encoder-decoder": ("encoder-decoder", {"validate_every": 2, "r_drop": 2.0}),
     "decoder-only": ("decoder-only", {"ema": 0.9, "schedule": "cosine"}),
     "encoder-only": ("encoder-only", {"average_last": 2, "patience": 9, "clip_norm": 0.5}),
 }
@@ -79,6 +79,17 @@ def test_three_resumes_give_the_same_weights_and_order(runner: Any, tiny_config:
     for name in ("model.safetensors", "checkpoints/step-00000012/optimizer.safetensors", "config.yaml"):
         assert whole[name] == parts[name], name
     assert whole["summary.json"]["order_hash"] == parts["summary.json"]["order_hash"]
+
+
+def test_a_regularised_run_resumes_to_the_same_bytes(runner: Any, tiny_config: Tiny, run_contents: Contents) -> None:
+    """R-Drop and subword dropout, killed in the second epoch, which reads another copy than the first."""
+    config = tiny_config(r_drop=3.0, subword_dropout=0.2, subword_copies=3)
+    config["data"]["train"]["size"] = 60
+    config["tokenizer"] = {"kind": "bpe", "vocab_size": 300}
+    assert runner.train("regularised-whole", config)["code"] == 0
+    assert runner.train("regularised", config, kill_after_saves=2)["code"] == -9
+    assert runner.train("regularised", config)["code"] == 0
+    assert not same(*(run_contents(runner.folder / run) for run in ("regularised-whole", "regularised")))
 
 
 @pytest.mark.parametrize("defect", ["dropout depends on history", "optimizer forgets its step"])

@@ -130,6 +130,50 @@ def test_flops_and_tokens_are_counted_by_hand(tiny_config: Tiny, tmp_path: Path)
     assert summary["order_hash"] == dataset.order_hash(4)
 
 
+def test_r_drop_counts_tokens_once_and_flops_twice(tiny_config: Tiny, tmp_path: Path) -> None:
+    plain, twice = (
+        train(tiny_config(steps=2, **options), out=tmp_path / name, quiet=True).directory.read_summary()
+        for name, options in (("plain", {}), ("twice", {"r_drop": 5.0}))
+    )
+    assert twice["flops"] == 2 * plain["flops"]
+    for name in ("tokens", "input_tokens", "order_hash", "data_hash", "parameters"):
+        assert twice[name] == plain[name], name
+
+
+@pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only", "encoder-only"])
+def test_r_drop_runs_every_row_under_two_draws_of_dropout(
+    tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """The first loss is the naive one, over the hidden vectors of the two halves, which dropout made different."""
+    seen: list[tuple[Tensor, Tensor, float]] = []
+    real = objective.backward_twice
+
+    def spying(head: Any, hidden: Tensor, labels: Tensor, smoothing: float, alpha: float, *rest: Any) -> Tensor:
+        with torch.no_grad():
+            scored = labels != objective.IGNORE
+            logits = [head(half[scored]) for half in hidden.chunk(2)]
+            entropy = sum(
+                torch.nn.functional.cross_entropy(one, labels[scored], reduction="sum", label_smoothing=smoothing)
+                for one in logits
+            )
+            p, q = (one.log_softmax(-1) for one in logits)
+            divergence = (p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()
+        loss = real(head, hidden, labels, smoothing, alpha, *rest)
+        assert float(divergence) > 0
+        assert float(loss) == pytest.approx(float(entropy / 2 + alpha / 4 * divergence), rel=1e-10)
+        seen.append((hidden, labels, alpha))
+        return loss
+
+    monkeypatch.setattr(objective, "backward_twice", spying)
+    config = tiny_config(layout, steps=2, r_drop=3.0, precision="float64")
+    train(config, out=tmp_path / "run", quiet=True)
+    assert len(seen) == 4
+    for hidden, labels, alpha in seen:
+        assert len(hidden) == 2 * len(labels)
+        assert alpha == 3.0
+        assert not torch.equal(*hidden.chunk(2))
+
+
 @pytest.mark.parametrize(
     ("limit", "ended"), [({"max_tokens": 900}, "max_tokens"), ({"max_seconds": 0.05}, "max_seconds")]
 )
@@ -297,14 +341,24 @@ def test_choices_are_made_once_and_explained(tiny_config: Tiny, tmp_path: Path) 
         ({"steps": None}, "nothing ends this run"),
         ({"ema": 0.9, "average_last": 2}, "both choose the final weights"),
         ({"device": "cuda"}, "torch finds none"),
+        ({"label_smoothing": 0.1, "task": "question-answering"}, "label_smoothing is not for question answering"),
+        ({"label_smoothing": 0.0, "r_drop": 1.0, "task": "question-answering"}, "r_drop is not for question answering"),
+        (
+            {"r_drop": 1.0, "dropout": 0.0},
+            r"training\.r_drop compares .* model\.dropout is 0: .*; raise model\.dropout",
+        ),
     ],
 )
 def test_impossible_wishes(
     tiny_config: Tiny, training: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = tiny_config(**training)
+    for section, key in (("data", "task"), ("model", "dropout")):
+        if key in training:
+            config[section][key] = config["training"].pop(key)
     with pytest.raises(ConfigError, match=message):
-        choose(parse(RunConfig, tiny_config(**training)))
+        choose(parse(RunConfig, config))
 
 
 def test_compiling_what_cannot_be_compiled(tiny_config: Tiny, tmp_path: Path) -> None:

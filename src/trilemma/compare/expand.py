@@ -223,11 +223,11 @@ def _steps_for_flops(config: RunConfig, dataset: Dataset, budget: float) -> tupl
     """Steps that come nearest to the budget (training = 3 x forward), and the FLOPs that they take."""
     model = skeleton(dataset.resolved(config).model)
     known: dict[tuple[int, int], int] = {}
-    accumulate = config.training.accumulate
+    accumulate, factor = config.training.accumulate, 3.0 * config.training.forward_passes
     spent, steps, last = 0.0, 0, 0.0
     while spent < budget and steps * accumulate < _COUNTED_BATCHES:
         first = steps * accumulate
-        last = 3.0 * sum(flops_of(model, dataset.micro_batch(first + item), known) for item in range(accumulate))
+        last = factor * sum(flops_of(model, dataset.micro_batch(first + item), known) for item in range(accumulate))
         spent += last
         steps += 1
     if spent >= budget:

@@ -63,6 +63,15 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def twice(self) -> Batch:
+        """All rows, then all again in the same order, which dropout will treat differently."""
+        values: dict[str, Any] = {
+            name: torch.cat([value, value]) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        for name in ("num_targets", "num_tokens", "examples"):
+            values[name] = 2 * getattr(self, name)
+        return replace(self, **values)
+
 
 def _pad(rows: Sequence[Row], value: int) -> tuple[Tensor, Tensor]:
     """Right-padded [batch, longest `as_padded`] and the lengths [batch]."""

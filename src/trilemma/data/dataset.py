@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -50,6 +50,8 @@ class Dataset:
         label_names: classification: names of the classes, in the order of their ids.
         notes: what was decided or found while preparing, for the run's `notes`.
         data_hash: SHA-256 of the tokens and settings of all splits, independent of paths and of the machine.
+        copies: other segmentations of the train stores; where there are any, epoch e is read from copy e mod their
+            number. Order, batches and limits are those of the train stores.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Dataset:
         weights: list[float],
         label_names: list[str] | None = None,
         names: list[str] | None = None,
+        copies: Sequence[list[TokenStore]] = (),
     ) -> None:
         check_layout(config)
         self.config, self.tokenizer, self.stores = config, tokenizer, stores
-        self.task, self.label_names = config.data.task, label_names
+        self.task, self.label_names, self.copies = config.data.task, label_names, copies
         self.notes: dict[str, str] = {}
         self.dropped = 0
         self.sizes = {split: sum(store.size for store in parts) for split, parts in stores.items()}
@@ -72,7 +75,10 @@ class Dataset:
         self._eval_plans: dict[str, PairPlan | StreamPlan] = {}
         self._train_plan = self._stream_plan("train") if is_streamed(self.task) else self._pair_plan("train")
         contents = {split: [store.content_hash for store in parts] for split, parts in sorted(stores.items())}
+        contents |= {f"train {place}": [store.content_hash for store in parts] for place, parts in enumerate(copies)}
         self.data_hash = hash_values_of("data", 1, self.task, contents, weights)
+        if copies:
+            self.notes["data.copies"] = self._note_of_copies()
         if config.data.lowercase:
             self.notes["data.lowercase"] = "all text, references included, is lower-cased"
         self._note_empty()
@@ -82,7 +88,8 @@ class Dataset:
     def micro_batch(self, k: int) -> Batch:
         """Micro-batch k >= 0: a pure function of (seed, k), for every k, in any order; epochs follow one another.
 
-        Its padded tokens, both sides together, are at most `training.batch_tokens`.
+        Its padded tokens, both sides together, are at most `training.batch_tokens`; those of another segmentation of
+        the same examples are more.
         """
         assert k >= 0
         return self._batch("train", self._train_plan, k)
@@ -170,6 +177,19 @@ class Dataset:
                 if empty:
                     self.notes[f"data.empty.{split}.{field}"] = f"{empty:,} empty line(s), kept as empty sequences"
 
+    def _note_of_copies(self) -> str:
+        fields = [field for field in FIELDS[self.task] if field != "label"]
+
+        def tokens(stores: Iterable[TokenStore]) -> int:
+            return sum(len(store.tokens[field]) for store in stores for field in fields)
+
+        growth = tokens(store for copy in self.copies for store in copy) / len(self.copies)
+        growth /= max(1, tokens(self.stores["train"]))
+        return (
+            f"epochs take turns at {len(self.copies)} segmentations of the training text (training.subword_dropout), "
+            f"with {growth:.3g} times the tokens of the plain one, by which batches are made"
+        )
+
     def _lengths(self, split: str, field: str, added: int) -> Indices:
         lengths = np.concatenate([store.lengths(field) for store in self.stores[split]])
         lengths += added
@@ -248,19 +268,15 @@ class Dataset:
             start += store.size
         return StreamPlan(units, parts, config.seed, length, budget // length, shuffle=train)
 
-    def _ids(self, split: str, field: str, index: int) -> NDArray[np.int32]:
-        for store in self.stores[split]:
-            if index < store.size:
-                return store.ids(field, index)
-            index -= store.size
-        raise AssertionError("index outside the dataset")
-
     def _batch(self, split: str, plan: PairPlan | StreamPlan, k: int) -> Batch:
         if isinstance(plan, StreamPlan):
             return self._stream_batch(split, plan, k)
         first, second = FIELDS[self.task]
         examples = plan.examples(k)
-        pairs = [(self._ids(split, first, int(i)), self._ids(split, second, int(i))) for i in examples]
+        stores = self.stores[split]
+        if split == "train" and self.copies:
+            stores = self.copies[plan.locate(k)[0] % len(self.copies)]
+        pairs = [(_ids(stores, first, int(i)), _ids(stores, second, int(i))) for i in examples]
         collate: Callable[[Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], Tokenizer, int, Sequence[int]], Batch]
         if self.task == "classification":
             collate = classification_batch
@@ -284,7 +300,7 @@ class Dataset:
 
     def _piece(self, split: str, piece: Piece) -> tuple[Row, Row]:
         """(inputs, labels) of a part of [bos] text [eos]: for language models, labels are one token further."""
-        ids = self._ids(split, "text", piece.document)
+        ids = _ids(self.stores[split], "text", piece.document)
         ahead = 0 if self.task == "masked-language-model" else 1
         low, high = piece.start, piece.stop + ahead
         unit = np.empty(high - low, dtype=np.int64)
@@ -294,6 +310,15 @@ class Dataset:
         if high == len(ids) + 2:
             unit[-1] = self.tokenizer.eos
         return unit[: len(unit) - ahead], unit[ahead:]
+
+
+def _ids(stores: list[TokenStore], field: str, index: int) -> NDArray[np.int32]:
+    """Token ids of one field of an example of all stores together."""
+    for store in stores:
+        if index < store.size:
+            return store.ids(field, index)
+        index -= store.size
+    raise AssertionError("index outside the dataset")
 
 
 def check_layout(config: RunConfig) -> None:

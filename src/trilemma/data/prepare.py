@@ -35,6 +35,7 @@ from trilemma.data.readers import (
     source_files,
 )
 from trilemma.data.splits import Partition
+from trilemma.data.subwords import COPY_VERSION, SubwordDropout
 from trilemma.data.tokenizer import Tokenizer, bring_tokenizer, train_tokenizer
 from trilemma.errors import ConfigError, DataError, nearest
 from trilemma.machine import return_freed_memory
@@ -47,6 +48,7 @@ _DOCUMENT_NOTES = {
     "blank": "documents of plain text end at empty lines; option documents of a source: line, blank, file",
     "file": "each text file is one document, line ends kept; option documents of a source: line, blank, file",
 }
+Encoder = Callable[[list[str]], list[list[int]]]
 Item = tuple[Example, bool]  # an example, or a piece of one, and whether the example ends with it
 
 
@@ -73,6 +75,7 @@ def prepare(
         ConfigError, CapabilityError: the settings do not fit each other.
     """
     check_layout(config)
+    check_subwords(config)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     task = config.data.task
     if task in ("probe", "question-answering") and data is not None:
@@ -95,7 +98,8 @@ def prepare(
     }
     weights = [source.weight for source in sources["train"]]
     names = [item.name for item in inputs["train"]]
-    dataset = Dataset(config, tokenizer, stores, weights, labels, names)
+    copies = _copies(config, inputs["train"], tokenizer, labels)
+    dataset = Dataset(config, tokenizer, stores, weights, labels, names, copies)
     if partition is not None:
         for split, size in dataset.sizes.items():
             if size == 0:
@@ -211,16 +215,35 @@ class _Input:
 
         def build() -> TokenStore:
             with StoreBuilder(root, key, FIELDS[self.task], keep_text) as builder:
-                self._fill(builder, tokenizer, labels)
+                self._fill(builder, [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]])
                 lines = self.files and self.documents == "line" and file_format(self.files[0]) == ".txt"
                 line_ends = builder.size if lines and is_streamed(self.task) else 0
                 return builder.publish({"name": self.name, "input": self.key, "line_ends": line_ends})
 
         return open_or_build(root, key, build)
 
-    def _fill(self, builder: StoreBuilder, tokenizer: Tokenizer, labels: list[str] | None) -> None:
+    def copy(self, number: int, tokenizer: Tokenizer, subwords: SubwordDropout, labels: list[str] | None) -> TokenStore:
+        """The token store of one segmentation with subword dropout, from the cache or built now.
+
+        As with generated data, the run's seed has no part in the draws: runs that differ in their seed share the data.
+        """
+        key = hash_values_of("copy", COPY_VERSION, self.key, tokenizer.fingerprint, labels, subwords.rate, number)
+        root = self.root / "tokens"
+
+        def encoder(field: str) -> Encoder:
+            if field == "label":
+                return _encoder(field, tokenizer, labels, self.name)
+            return subwords.encoder(f"subwords.{number}.{field}")
+
+        def build() -> TokenStore:
+            with StoreBuilder(root, key, FIELDS[self.task], keep_text=False) as builder:
+                self._fill(builder, [encoder(field) for field in FIELDS[self.task]])
+                return builder.publish({"name": self.name, "input": self.key, "copy": number})
+
+        return open_or_build(root, key, build)
+
+    def _fill(self, builder: StoreBuilder, encoders: list[Encoder]) -> None:
         progress = Progress(f"tokenising {self.name}")
-        encoders = [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]]
         for chunk in _chunks(self.examples()):
             columns = [encode([example[i] for example, _ in chunk]) for i, encode in enumerate(encoders)]
             for row, (example, ends) in enumerate(chunk):
@@ -284,9 +307,30 @@ class _Questions(_Input):
         return open_or_build(root, key, build)
 
 
-def _encoder(
-    field: str, tokenizer: Tokenizer, labels: list[str] | None, name: str
-) -> Callable[[list[str]], list[list[int]]]:
+def check_subwords(config: RunConfig) -> None:
+    """`ConfigError` where subword dropout is asked for and the task has no use for it."""
+    task = config.data.task
+    if config.training.subword_dropout is not None and task not in ("seq2seq", "classification"):
+        raise ConfigError(
+            f"training.subword_dropout is for data.task seq2seq and classification, not {task}: leave it out"
+        )
+
+
+def _copies(
+    config: RunConfig, inputs: list[_Input], tokenizer: Tokenizer, labels: list[str] | None
+) -> list[list[TokenStore]]:
+    """Other segmentations of the training text, where the config asks for them."""
+    rate = config.training.subword_dropout
+    if rate is None:
+        return []
+    subwords = SubwordDropout(tokenizer, rate)
+    return [
+        [item.copy(number, tokenizer, subwords, labels) for item in inputs]
+        for number in range(config.training.subword_copies)
+    ]
+
+
+def _encoder(field: str, tokenizer: Tokenizer, labels: list[str] | None, name: str) -> Encoder:
     if field != "label":
         return (tokenizer.of_targets() if field == "target" else tokenizer).encode_batch
     assert labels is not None

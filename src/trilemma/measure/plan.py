@@ -157,7 +157,8 @@ def plan_training(
     rows = _rows(config, length, source_length, assumptions)
     with torch.device("meta"):
         model = build_model(resolved)
-    step_flops = 3 * training.accumulate * rows.rows * model.flops(rows.length, rows.source)
+    rows_run = training.accumulate * rows.rows * training.forward_passes
+    step_flops = 3 * rows_run * model.flops(rows.length, rows.source)
     peak = hardware.peak(precision) * devices
     fraction = hardware.fractions[precision]
     if step_seconds is None:
@@ -207,11 +208,12 @@ def measured_here(
     """`hardware` with the fraction of peak that real steps of one such micro-batch reach on `device`."""
     precision = hardware.best_precision if config.training.precision == "auto" else config.training.precision
     rows = _rows(config, length, source_length, [])
+    batch = rows.rows * config.training.forward_passes
     model = build_model(_resolved(config, [])).to(device)
     if precision == "float64":
         model = model.double()
     found = measure_training(
-        model, batch=rows.rows, length=rows.length, source_length=rows.source, precision=precision, repeats=3
+        model, batch=batch, length=rows.length, source_length=rows.source, precision=precision, repeats=3
     )
     fraction = found["flops"] / (found["step_ms"] / 1e3) / hardware.peak(precision)
     return replace(hardware, fractions={**hardware.fractions, precision: fraction})
@@ -374,6 +376,7 @@ def _memory(
     scale = 2 if precision == "float64" else 1
     weights = scale * sum(tensor.nbytes for tensor in model_tensors(model).values())
     trained = scale * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    rows = replace(rows, rows=rows.rows * config.training.forward_passes)
     activations = saved_bytes(resolved, rows, precision)
     classes = resolved.num_labels or resolved.vocab_size or 1
     logits = min(round(rows.rows * rows.targets) * classes * 4 * scale, _LOGIT_BYTES[on_cpu])

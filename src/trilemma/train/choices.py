@@ -65,8 +65,7 @@ def choose(
         raise ConfigError(
             "training.target_accuracy is for data.task probe; elsewhere training.patience ends a run early"
         )
-    if training.label_smoothing and config.data.task == "question-answering":
-        raise ConfigError("training.label_smoothing is not for question answering: leave it out")
+    _check_regularisation(config)
     changes, notes = {}, dict(config.notes)
     if training.device == "auto":
         changes["device"], notes["training.device"] = machine.choose_device("auto")
@@ -88,6 +87,19 @@ def choose(
         elif decided == "off" and _uncompilable(model):
             raise CapabilityError(f"training.compile is on, but {reason}; set training.compile=off")
     return config.model_copy(update={"training": training.model_copy(update=changes), "notes": notes})
+
+
+def _check_regularisation(config: RunConfig) -> None:
+    training = config.training
+    if config.data.task == "question-answering":
+        for key in ("label_smoothing", "r_drop"):
+            if getattr(training, key):
+                raise ConfigError(f"training.{key} is not for question answering: leave it out")
+    if training.r_drop is not None and not config.model.dropout:
+        raise ConfigError(
+            "training.r_drop compares a row under two draws of dropout, and model.dropout is 0: it would only train "
+            "twice as slowly; raise model.dropout, or leave training.r_drop out"
+        )
 
 
 def reconcile(config: RunConfig, stored: RunConfig) -> RunConfig:

@@ -27,8 +27,10 @@ class Counters:
 
     Attributes:
         step: optimizer steps done.
-        tokens: scored target tokens. input_tokens: valid input and source tokens read.
-        flops: 3 x the forward FLOPs of the rows' actual lengths (one forward and two backward products).
+        tokens: scored target tokens. input_tokens: valid input and source tokens read. With R-Drop, which runs each
+            row twice, they count once.
+        flops: 3 x the forward FLOPs of the rows' actual lengths (one forward and two backward products), and twice
+            that with R-Drop.
         best_step, best_loss: of the lowest validation loss so far; with a score (a probe's accuracy, or the metric of
             `training.quality`) of the highest, best_score.
         bad_validations: validations since then, those without the score not counted. validated: step of the last one;

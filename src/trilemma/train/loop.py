@@ -164,21 +164,23 @@ class Trainer:
         norm = self._clipped(number, losses)
         rate = learning_rate(training, self.config.model.d_model, number, self._total_steps(number))
         self.optimizer.step(number, rate)
-        counters.count(
-            number, tokens=int(targets), input_tokens=int(tokens), flops=3 * int(flops), loss=math.fsum(losses)
-        )
+        flops *= 3 * training.forward_passes
+        counters.count(number, tokens=int(targets), input_tokens=int(tokens), flops=int(flops), loss=math.fsum(losses))
         return {"learning_rate": rate, "gradient_norm": norm}
 
     def _accumulate(self, batch: Batch, scale: float) -> float:
         """Adds the gradients of one micro-batch; returns its loss sum."""
         self.model.train()
         batch = batch.to(self.processes.device)
+        head, smoothing, alpha = self.model.head, self.config.training.label_smoothing, self.config.training.r_drop
         with self._autocast():
-            hidden, head = run_model(self.model, batch), self.model.head
+            hidden = run_model(self.model, batch if alpha is None else batch.twice())
             if self.config.data.task == "question-answering":
                 return float(objective.backward_spans(head, hidden, batch, scale))
-            smoothing = self.config.training.label_smoothing
-            return float(objective.backward(head, hidden, batch.labels, smoothing, scale, self._classes()))
+            if alpha is None:
+                return float(objective.backward(head, hidden, batch.labels, smoothing, scale, self._classes()))
+            loss = objective.backward_twice(head, hidden, batch.labels, smoothing, alpha, scale, self._classes())
+            return float(loss)
 
     def _clipped(self, number: int, losses: list[float]) -> float:
         """The gradients' norm before clipping; `TrainingError` if it or a loss is not finite."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +40,59 @@ def backward(head: Head, hidden: Tensor, labels: Tensor, smoothing: float, scale
         vocab_size: classes, for the size of a chunk.
     """
     positions, targets = _scored(labels)
-    vectors = hidden.detach().flatten(0, -2).index_select(0, positions)
-    gradient = torch.zeros_like(hidden).flatten(0, -2)
+    return _by_chunks(head, hidden, positions[None], targets, partial(_loss, smoothing=smoothing), scale, vocab_size)
+
+
+def backward_twice(
+    head: Head, hidden: Tensor, labels: Tensor, smoothing: float, alpha: float, scale: float, vocab_size: int
+) -> Tensor:
+    """As `backward`, for rows that ran twice with different dropout (R-Drop, Liang et al. 2021, arXiv 2106.14448).
+
+    With P and Q the two predictions of a scored position and CE its smoothed cross-entropy, the loss is
+
+        (CE(P) + CE(Q)) / 2 + alpha / 4 * (KL(P || Q) + KL(Q || P)),
+
+    which is half of the paper's equations (1) to (3), where the two cross-entropies are added: so alpha is the paper's,
+    and the loss is on the scale of one without R-Drop. Both predictions get gradients from both divergences, as in the
+    authors' code; label smoothing is in the cross-entropy alone.
+
+    Args:
+        hidden: [2 * batch, ..., d_model]: all rows once, then all again in the same order.
+        labels: [batch, ...], of the rows once.
+        alpha: weight of the divergence; above 0.
+    """
+    positions, targets = _scored(labels)
+    pairs = torch.stack([positions, positions + labels.numel()])
+    loss = partial(_loss_of_pairs, smoothing=smoothing, alpha=alpha)
+    return _by_chunks(head, hidden, pairs, targets, loss, scale, vocab_size)
+
+
+def _by_chunks(
+    head: Head,
+    hidden: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    scale: float,
+    vocab_size: int,
+) -> Tensor:
+    """The loss sum over chunks of targets, and its gradients.
+
+    Args:
+        positions: [passes, targets] flat places in `hidden` that predict each target.
+        loss_of: logits [passes * targets, classes], pass by pass, and targets [targets] -> their loss sum.
+    """
+    vectors, gradient = hidden.detach().flatten(0, -2), torch.zeros_like(hidden).flatten(0, -2)
     total = torch.zeros((), dtype=_loss_dtype(hidden), device=hidden.device)
-    size = _chunk(vocab_size, hidden)
+    size = max(1, _chunk(vocab_size, hidden) // len(positions))
     for start in range(0, len(targets), size):
-        chunk = vectors[start : start + size].requires_grad_()
-        loss = _loss(head(chunk), targets[start : start + size], smoothing)
+        places = positions[:, start : start + size].flatten()
+        chunk = vectors.index_select(0, places).requires_grad_()
+        loss = loss_of(head(chunk), targets[start : start + size])
         with _plain(hidden):
             (loss * scale).backward()
         assert chunk.grad is not None
-        gradient.index_copy_(0, positions[start : start + size], chunk.grad)
+        gradient.index_copy_(0, places, chunk.grad)
         total += loss.detach()
     with _plain(hidden):
         hidden.backward(gradient.view_as(hidden))
@@ -105,6 +148,15 @@ def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     with _plain(logits):
         logits = logits.to(_loss_dtype(logits))
         return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+
+
+def _loss_of_pairs(logits: Tensor, targets: Tensor, smoothing: float, alpha: float) -> Tensor:
+    """R-Drop's loss sum; logits: [2 * targets, classes]. KL(P || Q) + KL(Q || P) sums (P - Q) (ln P - ln Q)."""
+    with _plain(logits):
+        logits = logits.to(_loss_dtype(logits))
+        entropy = F.cross_entropy(logits, targets.repeat(2), reduction="sum", label_smoothing=smoothing)
+        one, two = logits.log_softmax(-1).chunk(2)
+        return entropy / 2 + alpha / 4 * ((one.exp() - two.exp()) * (one - two)).sum()
 
 
 def _scored(labels: Tensor) -> tuple[Tensor, Tensor]:
