@@ -274,7 +274,7 @@ class Predictor(Reader):
             ConfigError: an unknown key (the nearest is named) or an unfit value.
         """
         settings = parse(DecodingConfig, {**self.config.decoding.model_dump(), **overrides}, "decoding")
-        check_decoding(settings)
+        check_decoding(settings, overrides)
         return settings
 
     def batching_report(self, lines: Sequence[str], **decoding: Any) -> BatchingReport:

@@ -62,6 +62,10 @@ def test_json_is_the_only_line_on_stdout(config: Path, capsys: pytest.CaptureFix
     [
         (["--contexts", "8,x"], '--contexts: "8,x" is not a list of positive numbers such as 128,512'),
         (["--batch", "0"], '--batch: "0" is not a list of positive numbers such as 128,512'),
+        (["--max-seconds", "nan"], "--max-seconds: nan is no number of seconds above 0"),
+        (["--max-seconds", "-3"], "--max-seconds: -3.0 is no number of seconds above 0"),
+        (["--contexts", "8,64", "--source-length", "8"], "--source-length: 8 leaves nothing of a context of 8 tokens"),
+        (["--out", __file__], "test_cli_bench.py is a file; name a folder"),
         (["--precision", "bfloat"], '--precision: unknown value "bfloat"; did you mean "bfloat16"?'),
         (["model.mixr=attention"], 'unknown key "model.mixr"; did you mean "mixer"?'),
         (["model.mixer=retenton"], 'unknown mixer "retenton"; did you mean "retention"?'),

@@ -14,7 +14,7 @@ from trilemma.config import RunConfig, parse
 from trilemma.data import IGNORE, Batch, Dataset, Tokenizer, prepare
 from trilemma.data.subwords import SubwordDropout
 from trilemma.decode.prompts import Prompts
-from trilemma.errors import CapabilityError, ConfigError, DataError
+from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError
 
 BYTE = {"kind": "byte"}
 NUMBERS = {"train": {"generated": "numbers", "size": 300, "options": {"limit": 1000}}}
@@ -360,3 +360,74 @@ def test_where_there_are_no_subwords_to_drop(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(config(layout, {**NUMBERS, **data}, tokenizer, **DROPOUT), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize(("layout", "longest"), [("encoder-decoder", 8), ("decoder-only", 12)])
+def test_what_is_longer_than_the_positions_is_named_beforehand(
+    tmp_path: Path, layout: str, longest: int, split: str
+) -> None:
+    data: dict[str, Any] = {}
+    for name in ("train", "valid", "test"):
+        long = "1234567" if name == split else "1234"  # and a special token; for a language model those of both sides
+        sources = lines(tmp_path / f"{name}.a", ["12", long, "1"])
+        data[name] = {"source": sources, "target": lines(tmp_path / f"{name}.b", ["ab", "abc", ""])}
+    for positions in (longest - 1, longest):
+        wanted = config(layout, data)
+        wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"max_length": positions})})
+        dataset, _ = prepare(wanted, cache_dir=tmp_path / "cache")
+        if positions == longest:
+            dataset.check_positions()
+            continue
+        place = r"train\.a:2" if split == "train" else f"data.{split}, example 2"
+        with pytest.raises(LengthError, match=f"{place}: {longest} tokens, special ones counted, are more than"):
+            dataset.check_positions()
+
+
+def test_training_examples_that_are_left_out_need_no_positions(tmp_path: Path) -> None:
+    train = {"source": lines(tmp_path / "a", ["12", "1234567"]), "target": lines(tmp_path / "b", ["a", "b"])}
+    data = {"train": train, "max_source_length": 5, "over_length": "drop"}
+    wanted = config("encoder-decoder", data)
+    wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"max_length": 6})})
+    dataset, _ = prepare(wanted, cache_dir=tmp_path / "cache")
+    dataset.check_positions()
+    assert dataset.dropped == 1
+
+
+def test_rows_of_a_stream_fit_the_positions(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.txt", ["some text"] * 9)
+    wanted = config("decoder-only", {"task": "language-model", "train": {"path": path}, "context_length": 16})
+    wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"max_length": 15})})
+    dataset, _ = prepare(wanted, cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"data\.context_length: 16 is more than model\.max_length 15"):
+        dataset.check_positions()
+
+
+def test_a_header_counts_as_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("source\ttarget\na\tb\nlonger\tb\n")
+    data = {"train": {"path": str(path), "options": {"header": True}}, "max_source_length": 3}
+    with pytest.raises(DataError, match=r"pairs\.tsv:3 is over the limits"):
+        prepare(config("encoder-decoder", data), cache_dir=tmp_path / "cache")
+
+
+def test_under_a_split_examples_are_counted_not_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{'x' * (index % 9)}{index}\tb{index}\n" for index in range(200)))
+    data = {"train": {"path": str(path)}, "split": {"valid": 0.2, "test": 0.2}, "max_source_length": 3}
+    with pytest.raises(DataError, match=r"pairs\.tsv \(train\), example \d+ is over the limits"):
+        prepare(config("encoder-decoder", data), cache_dir=tmp_path / "cache")
+
+
+def test_a_vocabulary_that_was_rounded_up_writes_no_token_without_text(tmp_path: Path) -> None:
+    wanted = config("encoder-decoder", NUMBERS)
+    dataset, tokenizer = prepare(wanted, cache_dir=tmp_path)
+    sizes = {size: wanted.model.model_copy(update={"vocab_size": tokenizer.vocab_size + size}) for size in (0, 3, 1025)}
+    banned = [tokenizer.vocab_size + place for place in range(3)]
+    assert not dataset.resolved(wanted.model_copy(update={"model": sizes[0]})).decoding.banned
+    found = dataset.resolved(wanted.model_copy(update={"model": sizes[3]}))
+    assert (found.decoding.banned, found.model.vocab_size) == (banned, sizes[3].vocab_size)
+    assert "which the tokenizer has no text for" in found.notes["decoding.banned"]
+    assert dataset.resolved(found).decoding.banned == banned
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: \d+ is more than 1,024 above the tokenizer's"):
+        dataset.resolved(wanted.model_copy(update={"model": sizes[1025]}))

@@ -59,6 +59,10 @@ def test_settings_are_checked() -> None:
     predictor = predictor_of()
     with pytest.raises(ConfigError, match='unknown key "beam"'):
         predictor.translate(["a"], beam=4)
+    for key in ("temperature", "top_k", "top_p"):
+        with pytest.raises(ConfigError, match=f"decoding.{key} has no effect with decoding.method=greedy"):
+            predictor.translate(["one"], method="greedy", **{key: 1})
+        predictor.translate(["one"], method="sample", **{key: 1})
     with pytest.raises(ConfigError, match="temperature"):
         predictor.translate(["a"], method="sample", temperature=0.0)
     with pytest.raises(ConfigError, match="window"):

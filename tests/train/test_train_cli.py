@@ -61,11 +61,16 @@ def test_bfloat16_without_instructions_for_it_is_obeyed_with_a_warning(
     ("override", "message"),
     [
         ("training.batch_tokenz=5", 'unknown key "training.batch_tokenz"; did you mean "batch_tokens"?'),
-        ("training.steps=many", "training.steps"),
+        (
+            "training.steps=many",
+            "training.steps: Input should be a valid integer, unable to parse string as an integer, found 'many'",
+        ),
         ("model.layout=encoder-only", "needs model.layout encoder-decoder or decoder-only"),
         ("model.mixer=atention", 'did you mean "attention"?'),
         ("training.max_tokens=0", "training.max_tokens"),
         ("model.positions=learned", "max_length"),
+        ("model.max_length=3", "tokens, special ones counted, are more than model.max_length = 3"),
+        ("model.vocab_size=5000", "more than 1,024 above the tokenizer's"),
     ],
 )
 def test_mistakes_are_one_message(
@@ -76,6 +81,61 @@ def test_mistakes_are_one_message(
     assert message in seen
     assert "Traceback" not in seen
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        (
+            (b"a\nb\n", b"x\n"),
+            r"train\.a:2: this line has no partner in .*train\.b: .*train\.a has 2 lines, .*train\.b has 1",
+        ),
+        ((b"a\nb\xff\n", b"x\ny\n"), r"train\.a:2: invalid UTF-8 at byte 2"),
+        ((b"", b""), r"train\.a: the file is empty"),
+        ((b"a\n", None), r"train\.b: no such file"),
+    ],
+)
+def test_bad_training_files_are_named(
+    tiny_config: Tiny,
+    write: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sides: tuple[bytes, bytes | None],
+    message: str,
+) -> None:
+    config = tiny_config()
+    config["data"]["train"] = {"source": str(tmp_path / "train.a"), "target": str(tmp_path / "train.b")}
+    for name, content in zip("ab", sides, strict=True):
+        if content is not None:
+            (tmp_path / f"train.{name}").write_bytes(content)
+    assert main(["train", write(config), "--out", str(tmp_path / "run")]) == 2
+    seen = capsys.readouterr().err
+    assert re.search(message, seen), seen
+    assert "Traceback" not in seen
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "truncated or altered: 100 bytes, manifest.json says"),
+        (lambda file: file.write_bytes(b"foreign" * 99), "truncated or altered: 693 bytes, manifest.json says"),
+        (lambda file: file.unlink(), "missing; manifest.json lists it"),
+    ],
+)
+def test_truncated_foreign_and_missing_weights_are_named(
+    tiny_config: Tiny,
+    write: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    file, out = write(tiny_config(steps=2, checkpoint_every=2)), tmp_path / "run"
+    assert main(["train", file, "--out", str(out)]) == 0
+    damage(out / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert main(["train", str(out), "--resume", "training.steps=3"]) == 2
+    assert f"model.safetensors: {message}" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_is_in_use(

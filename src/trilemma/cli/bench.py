@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,12 @@ def command(
     sizes, rows_together = _numbers(contexts, "--contexts"), _numbers(batch, "--batch")
     if precision not in PRECISIONS:
         raise ConfigError(f'--precision: unknown value "{precision}"{nearest(precision, PRECISIONS)}')
+    if not 0 < max_seconds < math.inf:
+        raise ConfigError(f"--max-seconds: {max_seconds} is no number of seconds above 0")
+    if source_length is not None and source_length >= min(sizes):
+        raise ConfigError(f"--source-length: {source_length} leaves nothing of a context of {min(sizes)} tokens")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {out} is a file; name a folder")
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
     dtype = None if precision == "auto" else getattr(torch, precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -26,11 +27,12 @@ from trilemma.data.order import Indices
 from trilemma.data.plan import PairPlan, Part, Piece, StreamPlan
 from trilemma.data.readers import FIELDS, is_streamed
 from trilemma.data.tokenizer import Tokenizer
-from trilemma.errors import CapabilityError, ConfigError, DataError
+from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError
 
 Split = Literal["train", "valid", "test"]
 EvalSplit = Literal["valid", "test"]
 
+_ROUNDING = 1024  # a vocabulary may be rounded up by this much, for the sake of fast products
 _LAYOUTS = {
     "seq2seq": ("encoder-decoder", "decoder-only"),
     "language-model": ("decoder-only",),
@@ -48,6 +50,7 @@ class Dataset:
         sizes: examples of each split (documents, for language models), before any are dropped.
         dropped: training examples that are over the limits of `data.max_source_length` and its like.
         label_names: classification: names of the classes, in the order of their ids.
+        places: of each train source, where the example of an index stands: "FILE:LINE".
         notes: what was decided or found while preparing, for the run's `notes`.
         data_hash: SHA-256 of the tokens and settings of all splits, independent of paths and of the machine.
         copies: other segmentations of the train stores; where there are any, epoch e is read from copy e mod their
@@ -61,7 +64,7 @@ class Dataset:
         stores: dict[str, list[TokenStore]],
         weights: list[float],
         label_names: list[str] | None = None,
-        names: list[str] | None = None,
+        places: Sequence[Callable[[int], str]] | None = None,
         copies: Sequence[list[TokenStore]] = (),
     ) -> None:
         check_layout(config)
@@ -70,7 +73,7 @@ class Dataset:
         self.notes: dict[str, str] = {}
         self.dropped = 0
         self.sizes = {split: sum(store.size for store in parts) for split, parts in stores.items()}
-        self._names = names or [f"source {rank}" for rank in range(1, len(weights) + 1)]
+        self._places = places or [partial(_example_of, f"source {rank}") for rank in range(1, len(weights) + 1)]
         self._weights = weights
         self._eval_plans: dict[str, PairPlan | StreamPlan] = {}
         self._train_plan = self._stream_plan("train") if is_streamed(self.task) else self._pair_plan("train")
@@ -149,8 +152,14 @@ class Dataset:
         Raises:
             ConfigError: the config sets a vocabulary or number of labels that the data do not fit in.
         """
-        model = {"vocab_size": _at_least("vocab_size", config.model.vocab_size, self.tokenizer.vocab_size)}
-        data = {}
+        known = self.tokenizer.vocab_size
+        model = {"vocab_size": _at_least("vocab_size", config.model.vocab_size, known)}
+        data: dict[str, list[str]] = {}
+        decoding: dict[str, list[int]] = {}
+        notes = dict(self.notes)
+        if model["vocab_size"] > known:
+            decoding["banned"] = sorted({*config.decoding.banned, *_without_text(known, model["vocab_size"])})
+            notes["decoding.banned"] = f"the tokens from {known} on, which the tokenizer has no text for"
         if self.task == "question-answering":
             model["num_labels"] = 2  # scores of a first and a last place
         if self.label_names is not None:
@@ -160,11 +169,52 @@ class Dataset:
             update={
                 "model": config.model.model_copy(update=model),
                 "data": config.data.model_copy(update=data),
-                "notes": {**config.notes, **self.notes},
+                "decoding": config.decoding.model_copy(update=decoding),
+                "notes": {**config.notes, **notes},
             }
         )
 
+    def check_positions(self) -> None:
+        """Refuses, before any training, what is longer than the model's positions.
+
+        Raises:
+            LengthError: an example of any split is; the first one is named. ConfigError: rows of a stream are.
+        """
+        positions, length = self.config.model.max_length, self.config.data.context_length
+        if positions is None:
+            return
+        if is_streamed(self.task):
+            if length > positions:
+                raise ConfigError(f"data.context_length: {length} is more than model.max_length {positions}")
+            return
+        for split, stores in [*self.stores.items(), *(("train", copy) for copy in self.copies)]:
+            rows = self._rows(stores)
+            if split == "train":
+                used = np.concatenate([part.examples for part in self._train_plan.parts])
+                rows[np.setdiff1d(np.arange(len(rows)), used)] = 0  # left out
+            over = np.flatnonzero(rows > positions)
+            if len(over):
+                index = int(over[0])
+                place = self._place(index) if split == "train" else f"data.{split}, example {index + 1}"
+                raise LengthError(
+                    f"{place}: {rows[index]} tokens, special ones counted, are more than model.max_length = "
+                    f"{positions}, as are {len(over) - 1:,} more of {len(rows):,}: raise model.max_length, shorten "
+                    "them, or leave out training examples with data.max_source_length and data.over_length=drop"
+                )
+
     # Inside
+
+    def _rows(self, stores: Sequence[TokenStore]) -> Indices:
+        """Tokens of each example as the model reads it."""
+        first, second = self._sides(stores)
+        return np.maximum(first, second) if self.config.model.layout == "encoder-decoder" else first + second
+
+    def _sides(self, stores: Sequence[TokenStore]) -> tuple[Indices, Indices]:
+        """Lengths of both sides as the model sees them; the second is 0 where there is one side."""
+        first, second = FIELDS[self.task]
+        added = {"classification": 2, "question-answering": 2, "probe": 0}
+        two = 1 if self.task == "seq2seq" else 0
+        return _lengths(stores, first, added.get(self.task, 1)), _lengths(stores, second, 1) * two
 
     def _require(self, split: str) -> None:
         if not self.stores.get(split):
@@ -190,16 +240,8 @@ class Dataset:
             f"with {growth:.3g} times the tokens of the plain one, by which batches are made"
         )
 
-    def _lengths(self, split: str, field: str, added: int) -> Indices:
-        lengths = np.concatenate([store.lengths(field) for store in self.stores[split]])
-        lengths += added
-        return lengths
-
     def _pair_plan(self, split: str) -> PairPlan:
-        first_field, second_field = FIELDS[self.task]
-        added = {"classification": 2, "question-answering": 2, "probe": 0}
-        first = self._lengths(split, first_field, added.get(self.task, 1))
-        second = self._lengths(split, second_field, 1) * (1 if self.task == "seq2seq" else 0)
+        first, second = self._sides(self.stores[split])
         budget = self.config.training.batch_tokens
         if split != "train":
             everything = [Part(np.arange(len(first), dtype=np.int64), 1.0)]
@@ -218,7 +260,7 @@ class Dataset:
         says."""
         data = self.config.data
         # The limits count the tokens of the text alone, as they do where text is generated.
-        source = self._lengths("train", FIELDS[self.task][0], 0)
+        source = _lengths(self.stores["train"], FIELDS[self.task][0], 0)
         target = second - 1
         over = (source > data.max_source_length) | (target > data.max_target_length)
         if self.task == "question-answering":  # windows are cut to data.context_length
@@ -248,9 +290,9 @@ class Dataset:
 
     def _place(self, index: int) -> str:
         """Where a training example stands in its file."""
-        for name, store in zip(self._names, self.stores["train"], strict=True):
+        for place, store in zip(self._places, self.stores["train"], strict=True):
             if index < store.size:
-                return f"{name}:{index + 1}"
+                return place(index)
             index -= store.size
         raise AssertionError("index outside the dataset")
 
@@ -260,7 +302,7 @@ class Dataset:
         if length > budget:
             raise ConfigError(f"training.batch_tokens: {budget} is below data.context_length {length}")
         added = 2 if self.task == "masked-language-model" else 1
-        units = self._lengths(split, "text", added)
+        units = _lengths(self.stores[split], "text", added)
         train = split == "train"
         parts, start = [], 0
         for store, weight in zip(self.stores[split], self._weights if train else [1.0], strict=True):
@@ -312,6 +354,13 @@ class Dataset:
         return unit[: len(unit) - ahead], unit[ahead:]
 
 
+def _lengths(stores: Sequence[TokenStore], field: str, added: int) -> Indices:
+    """Tokens of one field of each example, and `added` special ones."""
+    lengths = np.concatenate([store.lengths(field) for store in stores])
+    lengths += added
+    return lengths
+
+
 def _ids(stores: list[TokenStore], field: str, index: int) -> NDArray[np.int32]:
     """Token ids of one field of an example of all stores together."""
     for store in stores:
@@ -319,6 +368,10 @@ def _ids(stores: list[TokenStore], field: str, index: int) -> NDArray[np.int32]:
             return store.ids(field, index)
         index -= store.size
     raise AssertionError("index outside the dataset")
+
+
+def _example_of(name: str, index: int) -> str:
+    return f"{name}, example {index + 1}"
 
 
 def check_layout(config: RunConfig) -> None:
@@ -338,6 +391,15 @@ def check_layout(config: RunConfig) -> None:
         raise ConfigError(f"data.context_length: {length} is more than model.max_length {positions}")
     if of_tokens and config.model.num_labels not in (None, 2):
         raise ConfigError(f"model.num_labels: {config.model.num_labels}; question answering has 2: leave it out")
+
+
+def _without_text(known: int, size: int) -> range:
+    """Ids that a vocabulary which was rounded up has beyond the tokenizer's."""
+    if size - known > _ROUNDING:
+        raise ConfigError(
+            f"model.vocab_size: {size} is more than {_ROUNDING:,} above the tokenizer's {known}; leave it out"
+        )
+    return range(known, size)
 
 
 def _at_least(name: str, chosen: int | None, needed: int) -> int:

@@ -97,9 +97,9 @@ def prepare(
         for split, items in inputs.items()
     }
     weights = [source.weight for source in sources["train"]]
-    names = [item.name for item in inputs["train"]]
+    places = [item.place for item in inputs["train"]]
     copies = _copies(config, inputs["train"], tokenizer, labels)
-    dataset = Dataset(config, tokenizer, stores, weights, labels, names, copies)
+    dataset = Dataset(config, tokenizer, stores, weights, labels, places, copies)
     if partition is not None:
         for split, size in dataset.sizes.items():
             if size == 0:
@@ -180,6 +180,12 @@ class _Input:
         if partition is not None:
             self.name = f"{self.name} ({split})"
             self.key = hash_values_of(self.key, split, partition.fingerprint)
+
+    def place(self, index: int) -> str:
+        """Where the example of an index, from 0, stands: its line where an example is a line."""
+        if not self.files or self.partition is not None or file_format(self.files[0]) == ".parquet":
+            return f"{self.name}, example {index + 1}"
+        return f"{self.name}:{index + 1 + bool(self.source.options.get('header', False))}"
 
     def examples(self) -> Iterator[Item]:
         """The examples, lower-cased where asked for."""

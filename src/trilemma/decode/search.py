@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from trilemma.decode.risk import check_risk
 from trilemma.decode.single import decode_single
 from trilemma.errors import ConfigError
 
+_OF_SAMPLING = ("temperature", "top_k", "top_p")
 # Differences between log-probabilities that rounding alone can make, by the precision that the model runs in.
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 
@@ -66,12 +67,22 @@ def decode(
     return results
 
 
-def check_decoding(config: DecodingConfig) -> None:
+def check_decoding(config: DecodingConfig, asked: Collection[str] = ()) -> None:
     """Refuses settings that exclude each other.
 
+    Args:
+        config: the settings. asked: keys that were asked for in this call, which must have an effect.
+
     Raises:
-        ConfigError: n_best with greedy decoding, or a beam or candidates that cannot be (`check_beam`, `check_risk`).
+        ConfigError: n_best with greedy decoding, a key of sampling without sampling, or a beam or candidates that
+            cannot be (`check_beam`, `check_risk`).
     """
+    idle = [key for key in _OF_SAMPLING if key in asked] if config.method != "sample" else []
+    if idle:
+        raise ConfigError(
+            f"decoding.{idle[0]} has no effect with decoding.method={config.method}, which draws nothing; "
+            f"set decoding.method=sample, or leave decoding.{idle[0]} out"
+        )
     if config.method == "greedy" and config.n_best > 1:
         raise ConfigError(
             f"decoding.n_best={config.n_best}: greedy decoding gives one output; "

@@ -142,6 +142,7 @@ class _Prepared:
             start = load_run(config.start_from)
             tokenizer = start.tokenizer
         dataset, tokenizer = prepare(config, tokenizer, data=data)
+        dataset.check_positions()
         if config.training.quality is not None and not dataset.sizes.get("valid"):
             raise ConfigError("training.quality is measured on validation data, and there are none: set data.valid")
         config = dataset.resolved(config)
@@ -162,7 +163,8 @@ def _check_shares(config: RunConfig, processes: Processes) -> None:
     if config.training.accumulate % processes.world:
         raise ConfigError(
             f"training.accumulate: {config.training.accumulate} micro-batches cannot be dealt evenly over "
-            f"{processes.world} processes; set it to a multiple of {processes.world}"
+            f"{processes.world} processes; set it to a multiple of {processes.world} and, for the same tokens a step, "
+            "divide training.batch_tokens accordingly"
         )
 
 

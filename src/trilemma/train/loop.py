@@ -94,9 +94,12 @@ class Trainer:
         try:
             record = self.directory.load_checkpoint(step, model_tensors(self.model), self.optimizer.tensors())
         except CheckpointError as error:
+            damaged = self.directory.checkpoint_path(step)
             earlier = [known for known in self.directory.checkpoints() if known < step]
-            way = f"; to go on from step {earlier[-1]} instead, remove {self.directory.checkpoint_path(step)}"
-            raise CheckpointError(f"{error}{way if earlier else ''}") from error
+            way = (
+                f"to go on from step {earlier[-1]} instead, remove {damaged}" if earlier else "there is no earlier one"
+            )
+            raise CheckpointError(f"{error}; {way}") from error
         if record.get("data_hash") != self.dataset.data_hash:
             raise DataError(
                 f"{self.directory.path}: the data have changed since the run was started (data_hash "

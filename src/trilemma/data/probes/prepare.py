@@ -47,8 +47,7 @@ def prepare_probe(
         for split, found in sources.items()
     }
     weights = [source.weight for source in sources["train"]]
-    names = [f"probe {probe.name}" for probe in probes["train"]]
-    return Dataset(config, tokenizer, stores, weights, names=names), tokenizer
+    return Dataset(config, tokenizer, stores, weights), tokenizer
 
 
 def probes_of(config: RunConfig, sources: dict[str, list[Source]]) -> dict[str, list[Probe]]:
