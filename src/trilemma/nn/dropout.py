@@ -33,7 +33,8 @@ class Dropout(nn.Module):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return nn.functional.dropout(x, self.p)
         scale = 1 / (1 - self.threshold / 2**_BITS)
-        return (x * scale).masked_fill(_below(self.threshold, x.shape), 0)
+        y: Tensor = (x * scale).masked_fill(_below(self.threshold, x.shape), 0)
+        return y
 
     def extra_repr(self) -> str:
         """As of `nn.Dropout`."""
@@ -45,4 +46,5 @@ def _below(threshold: int, shape: torch.Size) -> Tensor:
     count = math.prod(shape)
     draws = torch.empty(-(-count * _BITS // 64), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     numbers = draws.view(torch.int16)[:count].view(shape)  # uniform from -2^15 to 2^15 - 1
-    return numbers < threshold - 2 ** (_BITS - 1)
+    below: Tensor = numbers < threshold - 2 ** (_BITS - 1)
+    return below
