@@ -5,7 +5,8 @@
     python -m benchmarks --tiny                 # does everything run? Minutes; stores nothing
     python -m benchmarks --list
 
-Each benchmark is a process. One that fails is named at the end, and the exit code is then 1.
+Each benchmark is a process. One that fails is named at the end, and the exit code is then 1; one that this machine
+cannot run, as those of a GPU where there is none, says why and is skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+SKIPPED = 77  # as in common.py, which takes seconds to import
 HERE = Path(__file__).parent
 PAGES = (HERE / "speed_page.py", HERE.parent / "docs" / "mixer_pages.py")
 
@@ -31,18 +33,22 @@ SET: dict[str, tuple[str, list[str], list[str]]] = {
     "growth": ("growth with the length", [], ["--tiny", "--rounds", "1", "--mixers", "attention,retention,lstm"]),
     "data_speed": ("text preparation, loading, padding", [], ["--tiny", "--rounds", "1"]),
     "multi30k_marian": ("quality in a given time, of a peer", [], ["--tiny"]),
+    "gpu_laws": ("laws on a GPU", [], ["--tiny"]),
+    "gpu_training": ("training on a GPU, 124 M to 1.3 B weights", [], ["--tiny"]),
+    "gpu_decode": ("decoding on a GPU, 1.3 B and 6.7 B weights", [], ["--tiny"]),
 }
 
 
-def run(name: str, tiny: bool) -> bool:
-    """Whether the benchmark ended well."""
+def run(name: str, tiny: bool) -> int:
+    """The benchmark's exit code."""
     _, full, trial = SET[name]
     command = [sys.executable, str(HERE / f"{name}.py"), *(trial if tiny else full)]
     print(f"\n== {name}: {shlex.join(command[1:])}", flush=True)
     start = time.perf_counter()
     code = subprocess.run(command, check=False).returncode
-    print(f"== {name}: {f'exit code {code}' if code else 'done'} after {time.perf_counter() - start:.0f} s", flush=True)
-    return code == 0
+    ended = {0: "done", SKIPPED: "skipped"}.get(code, f"exit code {code}")
+    print(f"== {name}: {ended} after {time.perf_counter() - start:.0f} s", flush=True)
+    return code
 
 
 def main() -> int:
@@ -61,11 +67,14 @@ def main() -> int:
     if unknown := [name for name in arguments.only.split(",") if name not in SET]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(SET)}")
     chosen = [name for name in SET if name in arguments.only.split(",")]
-    failed = [name for name in chosen if not run(name, arguments.tiny)]
+    codes = {name: run(name, arguments.tiny) for name in chosen}
+    skipped = [name for name, code in codes.items() if code == SKIPPED]
+    failed = [name for name, code in codes.items() if code not in (0, SKIPPED)]
     if not arguments.tiny:
         for maker in PAGES:
             subprocess.run([sys.executable, str(maker)], check=True)
-    print(f"\n{len(chosen) - len(failed)} of {len(chosen)} ran{'; failed: ' + ', '.join(failed) if failed else ''}")
+    ends = [f"; {what}: {', '.join(names)}" for what, names in (("skipped", skipped), ("failed", failed)) if names]
+    print(f"\n{len(chosen) - len(failed) - len(skipped)} of {len(chosen)} ran{''.join(ends)}")
     return 1 if failed else 0
 
 

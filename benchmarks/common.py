@@ -25,21 +25,25 @@ from trilemma import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SKIPPED = 77  # exit code of a benchmark that this machine cannot run
 
 
 class WorkerError(RuntimeError):
     """A worker failed; the text holds the end of what it printed."""
 
 
-def options(description: str | None, workers: Iterable[str], name: str, rounds: int = 5) -> argparse.ArgumentParser:
+def options(
+    description: str | None, workers: Iterable[str], name: str, rounds: int | None = 5
+) -> argparse.ArgumentParser:
     """A parser with what all benchmarks take.
 
     Args:
-        workers: the systems that `--worker` can run. name: of the stored result.
+        workers: the systems that `--worker` can run. name: of the stored result. rounds: None where nothing is paired.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", choices=list(workers), help="run one system in this process")
-    parser.add_argument("--rounds", type=int, default=rounds, help="pairs of processes")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="pairs of processes")
     parser.add_argument("--tiny", action="store_true", help="a size that runs in seconds; its numbers mean nothing")
     parser.add_argument("--name", default=name, help="of the stored result")
     return parser
@@ -138,12 +142,15 @@ def _ratio(pair: tuple[dict[str, Any], dict[str, Any]], field: str) -> float:
     return float(pair[1][field]) / float(pair[0][field])
 
 
-def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Hardware, versions, commit, command, date, and this machine's ceilings measured now; stands in every result."""
+def provenance(packages: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
+    """Hardware, versions, commit, command, date, and this machine's ceilings measured now; stands in every result.
+
+    With `quick` the ceilings mean nothing: for trials.
+    """
     device, _ = machine.choose_device("auto")
     return {
         "environment": machine.environment(device),
-        "ceilings": vars(machine.measure_ceilings(device)),
+        "ceilings": vars(machine.measure_ceilings(device, quick=quick)),
         "packages": {name: installed_version(name) for name in packages},
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "variables": {
@@ -162,13 +169,19 @@ def installed_version(name: str) -> str | None:
 
 
 def store(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """As `write`, and says so."""
+    file = write(name, result, folder)
+    say(f"stored in {file}")
+    return file
+
+
+def write(name: str, result: dict[str, Any], folder: Path) -> Path:
     """Writes `folder`/`name`.json whole and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
-    say(f"stored in {file}")
     return file
 
 

@@ -13,6 +13,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
+from speed_gpu import gpu
 from speed_parts import (
     NOT_MEASURED,
     Result,
@@ -62,7 +63,7 @@ def sections() -> dict[str, Section]:
         "speed-growth": growth(stored("growth")),
         "speed-data": data(stored("data_speed")),
         "speed-layers": layers(stored("mixers_speed")),
-        "speed-gpu": gpu(),
+        "speed-gpu": gpu(stored("gpu_laws"), stored("gpu_training"), stored("gpu_decode")),
     }
 
 
@@ -203,7 +204,7 @@ def decoding(result: Result | None) -> Section:
     return section
 
 
-# --- quality, size, start-up, growth, layers, GPU
+# --- quality, size, start-up, growth, layers
 
 
 def quality(peer: Result | None) -> Section:
@@ -355,17 +356,6 @@ def layers(result: Result | None) -> Section:
     heads = ("layer", "task", "ms, ours", "ms, peer's", "ratio (range)")
     section.table, section.origin = table(heads, rows), origin(result)
     return section
-
-
-def gpu() -> Section:
-    """No stored results yet."""
-    about = "Models of 124 M to 6.7 B weights, in shares of what the card can do."
-    promises = [
-        promise("goal", "124 M, 350 M and 1.3 B dense models train at 0.45, 0.48 and 0.50 of the card's FLOP/s"),
-        promise("goal", "linear mixers train at 0.40 of it"),
-        promise("goal", "decoding at batch 1 reaches 0.80 of the memory bandwidth"),
-    ]
-    return Section("GPU", about, promises)
 
 
 # --- files

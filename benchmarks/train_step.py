@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common import WorkerError, among, duel, options, provenance, run_worker, same_size, say, store
+from trilemma.machine import synchronize
 from trilemma.measure.memory import PeakMemory
 
 MODES = ("eager", "compiled")
@@ -69,8 +70,29 @@ def work(benchmark: Benchmark, name: str, mode: str, size: Any, steps: int, warm
     torch.manual_seed(0)
     model, step = benchmark.systems[name](size, mode == "compiled", device)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = [part.to(device) for part in benchmark.batch(size, torch.Generator().manual_seed(1))]
+    result = {
+        "system": name,
+        "mode": mode,
+        **timed_steps(model, step, batch, steps, warm_up, device),
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "threads": torch.get_num_threads(),
+    }
+    result["tokens_per_second"] = benchmark.tokens(size) / result["step_ms"] * 1e3
+    if name.startswith("ours"):
+        result["flops"] = 3 * benchmark.flops(model, size)  # backward counts twice
+    return result
+
+
+def timed_steps(
+    model: nn.Module, step: Step, batch: Sequence[Tensor], steps: int, warm_up: int, device: str
+) -> dict[str, Any]:
+    """Trains on one batch again and again.
+
+    Returns:
+        step_ms (median), memory, first and last loss, and the time of the first step, which compiles.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times, losses = [], []
     with PeakMemory(device) as memory:
         for _ in range(warm_up + steps):
@@ -79,28 +101,19 @@ def work(benchmark: Benchmark, name: str, mode: str, size: Any, steps: int, warm
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             times.append(time.perf_counter() - start)
     first, last = float(losses[0]), float(losses[-1])
     # it really trains: random weights start near ln(vocabulary), and the same batch again is learned
-    assert last < first, f"{name}: the loss went from {first:.3f} to {last:.3f}"
-    seconds = statistics.median(times[warm_up:])
-    result = {
-        "system": name,
-        "mode": mode,
-        "step_ms": seconds * 1e3,
-        "tokens_per_second": benchmark.tokens(size) / seconds,
-        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    assert last < first, f"the loss went from {first:.3f} to {last:.3f}"
+    return {
+        "step_ms": statistics.median(times[warm_up:]) * 1e3,
         "memory_growth_bytes": memory.growth_bytes,  # beyond the model: gradients, optimizer, activations
+        "peak_memory_bytes": memory.peak_bytes,
         "first_loss": first,
         "last_loss": last,
         "first_step_s": times[0],
-        "threads": torch.get_num_threads(),
     }
-    if name.startswith("ours"):
-        result["flops"] = 3 * benchmark.flops(model, size)  # backward counts twice
-    return result
 
 
 @contextlib.contextmanager

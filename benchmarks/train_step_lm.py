@@ -56,14 +56,14 @@ def ours(size: Size, mixer: dict[str, Any], compiled: bool, device: str, **optio
     from trilemma.train import objective
 
     keep_freed_memory()
-    model = build_model(
-        {
-            "layout": "decoder-only", "mixer": mixer, "vocab_size": size.vocab_size, "d_model": size.d_model,
-            "d_ff": size.d_ff, "num_layers": size.num_layers, "num_heads": size.num_heads, "norm": "rmsnorm",
-            "norm_position": "pre", "activation": "swiglu", "bias": False, "positions": "none", "tie_embeddings": False,
-            "embedding_scale": False, "dropout": 0.0, **options,
-        }
-    ).to(device)  # fmt: skip
+    config = {
+        "layout": "decoder-only", "mixer": mixer, "vocab_size": size.vocab_size, "d_model": size.d_model,
+        "d_ff": size.d_ff, "num_layers": size.num_layers, "num_heads": size.num_heads, "norm": "rmsnorm",
+        "norm_position": "pre", "activation": "swiglu", "bias": False, "positions": "none", "tie_embeddings": False,
+        "embedding_scale": False, "dropout": 0.0, **options,
+    }  # fmt: skip
+    with torch.device(device):  # large models are drawn where they run
+        model = build_model(config)
     if compiled:
         for block in model.stack.blocks:
             block.compile(dynamic=None)

@@ -50,12 +50,14 @@ def test_after_a_failure_the_others_run_and_it_is_named(
         f"import sys, pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).write_text(sys.argv[1])"
     )
     monkeypatch.setattr(runner, "HERE", tmp_path)
-    monkeypatch.setattr(runner, "SET", {"bad": ("", [], ["--tiny"]), "good": ("", [], ["--tiny"])})
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "bad,good", "--tiny"])
+    (tmp_path / "absent.py").write_text(f"raise SystemExit({importlib.import_module('common').SKIPPED})")
+    monkeypatch.setattr(runner, "SET", {name: ("", [], ["--tiny"]) for name in ("bad", "absent", "good")})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "bad,absent,good", "--tiny"])
     assert runner.main() == 1
     output = capsys.readouterr().out
     assert "== bad: exit code 3 after" in output
-    assert "1 of 2 ran; failed: bad" in output
+    assert "== absent: skipped after" in output
+    assert "1 of 3 ran; skipped: absent; failed: bad" in output
     assert (tmp_path / "ran").read_text() == "--tiny"
 
 

@@ -173,3 +173,63 @@ def test_data_is_shown_with_its_shares(plant: Plant) -> None:
     assert "| goal | padding at most 0.05 of the tokens | 0.04 to 0.06 | no |" in text
     assert "| prepared for seq2seq, 128 MB | 1.40 (9.00) GB an hour a core, 120 (2) MB held |" in text
     assert "| padding, budget 4,096 | 6.0% of the tokens |" in text
+
+
+GPU_RUN = ORIGIN | {
+    "environment": ORIGIN["environment"] | {"gpu": "NVIDIA H200"},
+    "ceilings": ORIGIN["ceilings"] | {
+        "device": "cuda", "bfloat16_gflops": 8e5, "bandwidth": [[1, 9000.0], [2**20, 4000.0]], "autocast_gain": 2.0,
+    },
+    "board": {"name": "H200", "flops": {"bfloat16": 1e15}},
+}  # fmt: skip
+
+
+def gpu_rows(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"runs": [GPU_RUN], "rows": [{"run": 0, "reason": ""} | row for row in rows]}
+
+
+def test_training_on_a_gpu_is_judged_by_the_best_mode(plant: Plant) -> None:
+    def trained(size: str, mixer: str, mode: str, share: float, length: int = 2048) -> dict[str, Any]:
+        return {
+            "case": {"size": size, "mixer": mixer, "length": length, "mode": mode, "backend": "plain"}, "rows": 8,
+            "tokens_per_second": share * 1e6, "flops_per_token": 1e9, "peak_memory_bytes": 42e9,
+        }  # fmt: skip
+
+    full = {"case": trained("1.3b", "mamba2", "eager", 0)["case"], "reason": "out of memory: too large"}
+    rows = [
+        trained("1.3b", "attention", mode, share, length)
+        for mode, share, length in (("eager", 0.3, 2048), ("compiled", 0.52, 2048), ("compiled", 0.51, 8192))
+    ]
+    text = plant("gpu_training", gpu_rows(*rows, trained("124m", "retention", "eager", 0.2), full))
+    assert "| goal | a dense model of 1.3 B weights trains at 0.50 of the card's FLOP/s | 0.51 to 0.52 | yes |" in text
+    assert "| goal | linear mixers train at 0.40 of it | 0.20 | no |" in text
+    assert "| 1.3 B | attention | 2,048 | compiled | 520,000 | 52% | 65% | 42.0 | 8 x 2,048 |" in text
+    assert "| 1.3 B | mamba2 | 2,048 | eager | not measured: out of memory: too large |" in text
+    assert "Measured on NVIDIA H200" in text
+
+
+def test_decoding_on_a_gpu_is_judged_by_paths_that_a_decoder_could_use(plant: Plant) -> None:
+    def decoded(path: str, ms: float, batch: int = 1) -> dict[str, Any]:
+        return {
+            "case": {"size": "6.7b", "mixer": "attention", "context": 2048, "batch": batch, "path": path}, "ms": ms,
+            "tokens_per_second": batch / ms * 1e3, "weight_bytes": 13 * 10**9, "state_bytes": 3 * 10**9,
+            "written_bytes": 10**9, "peak_memory_bytes": 20e9,
+        }  # fmt: skip
+
+    text = plant("gpu_decode", gpu_rows(decoded("plain", 16.0), decoded("graph", 8.0), decoded("graph-here", 4.5)))
+    assert "decoding at batch 1 reaches 0.80 of the memory bandwidth | 0.50 | no |" in text
+    assert "| 6.7 B | attention | 2,048 | 1 | graph | 8.000 | 125 | 50% | 53% | 3,000 | 20.0 |" in text
+    assert "| 6.7 B | attention | 2,048 | 1 | graph-here | 4.500 | 222 | 89% | 94% |" in text
+
+
+def test_laws_on_a_gpu_must_hold_for_every_mixer(plant: Plant) -> None:
+    lawful = {"case": {"mixer": "gru"}, "ok": True}
+    text = plant("gpu_laws", gpu_rows(lawful))
+    assert "| gate | the laws hold on a GPU, for every mixer | 1.00 | yes, as far as measured |" in text
+    failure = {"subject": "lstm", "law": "split", "found": "error 1 | 2"}
+    broken = {"case": {"mixer": "lstm"}, "ok": False, "failures": [failure]}
+    text = plant("gpu_laws", gpu_rows(lawful, broken, {"case": {"mixer": "rnn"}, "reason": "longer than 400 s"}))
+    assert "| gate | the laws hold on a GPU, for every mixer | 0.00 to 1.00 | no |" in text
+    assert "| lawful | gru |" in text
+    assert "| split: error 1 \\| 2 | lstm |" in text
+    assert "| not measured: longer than 400 s | rnn |" in text

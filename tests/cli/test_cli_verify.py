@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from trilemma.cli.main import main
 
@@ -36,6 +37,7 @@ def test_the_table_names_laws_and_reasons(capsys: pytest.CaptureFixture[str]) ->
         (["retentoin"], 'unknown mixer "retentoin"; did you mean "retention"?'),
         (["gru", "--law", "splitt"], 'unknown law "splitt"; did you mean "split"?'),
         (["gru", "--level", "deep"], 'unknown level "deep" of the laws; valid: quick, full'),
+        (["gru", "--device", "gpu"], 'unknown device "gpu"'),
         (["gru", "--variant", "9"], "has the variants 0 to 1; 9 is none of them"),
         (["gru", "--record", "--law", "split"], "--record writes down all laws and variants"),
     ],
@@ -45,3 +47,11 @@ def test_mistakes_are_one_message(arguments: list[str], message: str, capsys: py
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "gru", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert "device cuda: torch finds none on this machine; use auto or cpu" in error
+    assert "Traceback" not in error

@@ -16,6 +16,7 @@ from trilemma import registry
 from trilemma.errors import ConfigError, LawError
 from trilemma.laws import LAWS, Report, check, verify
 from trilemma.laws.cost import count_flops
+from trilemma.laws.trial import _placed
 from trilemma.mixers.attention import Attention
 from trilemma.mixers.gru import GRU
 from trilemma.registry import load_plugin
@@ -193,3 +194,15 @@ def test_attention_passes_as_the_public_example_says() -> None:
     assert report.ok, report
     assert report["split"].worst is not None
     assert 0 < report["split"].worst < 1
+
+
+def test_on_a_device_float32_is_float32_and_its_own_kernels_run() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with _placed("meta"):
+            assert torch.zeros(1).device.type == "meta"
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == (True, False)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

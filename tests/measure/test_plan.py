@@ -21,7 +21,7 @@ from trilemma.config import RunConfig, load_config, merge, parse
 from trilemma.data import prepare
 from trilemma.errors import ConfigError
 from trilemma.measure import hardware
-from trilemma.measure.hardware import GPUS, Hardware, named
+from trilemma.measure.hardware import GPUS, Hardware, named, of_board
 from trilemma.measure.plan import Rows, plan_training, saved_bytes
 from trilemma.models import build_model
 from trilemma.runs.tensors import model_tensors
@@ -300,9 +300,27 @@ def test_a_precision_follows_the_hardware() -> None:
         "float32",
         "bfloat16",
         "bfloat16",
+        "bfloat16",
     ]
     with pytest.raises(ConfigError, match="P100 does not compute in bfloat16"):
         plan_training(config_of(training__precision="bfloat16"), named("P100"))
+
+
+@pytest.mark.parametrize(
+    ("device", "board"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_a_board_is_found_by_its_drivers_name_and_slower_ones_are_not(device: str, board: str | None) -> None:
+    found = of_board(device)
+    assert (None if found is None else found.name) == board
 
 
 @pytest.mark.parametrize("chosen", ["float32", "bfloat16"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML config of one model, or of a study")],
     overrides: Overrides = None,
-    on: Annotated[str, typer.Option("--on", help="here, or a GPU: P100, V100, A100, H100")] = "here",
+    on: Annotated[str, typer.Option("--on", help="here, or a GPU: P100, V100, A100, H100, H200")] = "here",
     devices: Annotated[int, typer.Option("--devices", min=1, help="of that kind, working together")] = 1,
     fraction: Annotated[
         float | None, typer.Option("--fraction", help="of peak that training reaches, instead of the assumed one")

@@ -36,9 +36,10 @@ def command(
 
     Without names, the mixers of the plug-ins given with --plugin FILE[:CLASS] are verified. Exit code 1 if a law fails.
     """
-    from trilemma import laws, registry
+    from trilemma import laws, machine, registry
     from trilemma.laws import oracles, records, registered
 
+    device, _ = machine.choose_device(device)
     chosen = list(names or [])
     if every:
         chosen = registry.available_mixers()

@@ -85,15 +85,20 @@ def check(
 
 @contextmanager
 def _placed(device: str) -> Iterator[None]:
-    """New tensors live on `device`, and float32 is float32 there.
+    """New tensors live on `device`, and float32 is float32 there: no TF32 in products, convolutions and recurrences.
 
     Nothing at all for the CPU, since torch's context keeps the compiler out.
     """
     if torch.device(device).type == "cpu":
         yield
         return
-    with torch.device(device), torch.backends.cudnn.flags(allow_tf32=False):
-        yield
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.device(device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
 
 
 def _try(name: str, subject: Subject, again: str) -> LawResult:

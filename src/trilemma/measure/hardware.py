@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from trilemma.errors import ConfigError, nearest
@@ -74,6 +75,9 @@ GPUS: dict[str, Hardware] = {
     "H100": _gpu(
         "H100", {"float32": 67e12, "bfloat16": 989e12, "float64": 67e12}, 3350e9, 80, "NVIDIA H100 data sheet (SXM)"
     ),
+    "H200": _gpu(
+        "H200", {"float32": 67e12, "bfloat16": 989e12, "float64": 67e12}, 4800e9, 141, "NVIDIA H200 data sheet (SXM)"
+    ),
 }  # fmt: skip
 
 
@@ -89,6 +93,17 @@ def named(name: str, fraction: float | None = None) -> Hardware:
     if name.upper() not in GPUS:
         raise ConfigError(f'--on: unknown hardware "{name}"{nearest(name, [HERE, *GPUS])}')
     return _with_fraction(GPUS[name.upper()], fraction)
+
+
+def of_board(device: str) -> Hardware | None:
+    """The entry of a GPU by the name that its driver gives it, such as "NVIDIA H100 80GB HBM3".
+
+    None for what the table does not hold: other GPUs, and the slower PCIe and NVL boards of the same ones.
+    """
+    words = re.findall(r"[A-Z0-9]+", device.upper())
+    if {"PCIE", "NVL"} & set(words):
+        return None
+    return next((hardware for name, hardware in GPUS.items() if name in words), None)
 
 
 def this_machine(machine: Machine, ceilings: Ceilings, fraction: float | None = None) -> Hardware:
