@@ -207,7 +207,7 @@ def _controls(study: StudyConfig, reference: str, config: RunConfig) -> list[Var
     return controls
 
 
-def _handicapped(overrides: Mapping[str, Any], config: RunConfig, name: str) -> RunConfig:
+def _handicapped(overrides: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     where = "controls.known_gap"
     _check_shared(overrides, where)
     if "training.learning_rate" in flatten(overrides):
@@ -354,13 +354,15 @@ def final_jobs(expansion: Expansion, study: StudyConfig, chosen: Mapping[str, fl
     """Full-budget runs: seed by seed, so that a study stopped early has compared all candidates on the first seeds.
 
     Args:
-        chosen: learning rate of each candidate; a control takes the reference's.
+        chosen: learning rate of each candidate; a control takes the reference's. One without a rate is left out.
     """
     jobs = []
     for at in range(max(len(variant.seeds) for variant in expansion.variants)):
         for variant in expansion.variants:
             if at < len(variant.seeds):
                 source = variant.name if variant.role == "candidate" else expansion.reference
+                if source not in chosen:
+                    continue
                 jobs.append(job(variant, study, chosen[source], variant.seeds[at], "final"))
     return jobs
 
