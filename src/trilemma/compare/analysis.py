@@ -14,7 +14,7 @@ import numpy as np
 
 from trilemma.compare import words
 from trilemma.compare.curves import curve_of, stability, validations
-from trilemma.compare.inference import InferenceCurve, crossovers, inference_of
+from trilemma.compare.inference import InferenceCurve, crossovers, inference_of, unequal_measurements
 from trilemma.compare.metrics import Metric, metric_named
 from trilemma.compare.records import Documents, Inequality, RunRecord, StudyRecord
 from trilemma.compare.results import CandidateResult, Control, Corner, Quality, Report, SideBySide, SweepPoint, Training
@@ -307,6 +307,8 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
     for name, runs in groups.items():
         for context, reason in {c: why for run in runs for c, why in run.inference.unmeasured.items()}.items():
             found.append(Inequality(name, f"inference at {context:,} tokens was not measured: {reason}"))
+    found += unequal_measurements(groups)
+    found += [Inequality(failure.planned.candidate, failure.text) for failure in record.failures]
     lock = record.study.budget.lock
     for name, runs in groups.items():
         whole = [run for run in runs if run.summary.get("ended_by") != "target_accuracy"]
