@@ -127,8 +127,40 @@ def test_withheld_verdicts_stand_on_no_page(tmp_path: Path) -> None:
 
 def test_a_control_with_too_few_seeds_cannot_be_judged(tmp_path: Path) -> None:
     directory = write_study(tmp_path, {**TWO, "again": Fake(seeds=(4,))}, roles=ROLES)
-    (outcome,) = analysed(directory).outcomes
+    report = analysed(directory)
+    (outcome,) = report.outcomes
     assert outcome.passed is None and "cannot be judged: 1 seed, three are needed" in outcome.text
+    assert report.verdicts == [] and "undecided. again: cannot be judged: 1 seed" in report.withheld
+
+
+CONTROLS = {"controls": {"same_twice": True, "known_gap": {"model.positions": "none"}}}
+
+
+def test_controls_that_have_not_finished_withhold_every_verdict(tmp_path: Path) -> None:
+    """A study killed before its controls began: the plan names them or not, no page says that none was asked for."""
+    directory = write_study(tmp_path, {**TWO, "again": AGAIN}, roles=ROLES, study=CONTROLS)
+    (directory.run_path("08-seed6") / "summary.json").unlink()
+    write_report(directory)
+    values = loaded(directory)
+    assert values["verdicts"] == [] and values["pairs"][0]["separated"] is None
+    for expected in (
+        "A/A control has not finished: 2 of 3 runs trained and scored.",
+        "Known-gap control has not finished: 0 of 3 runs trained and scored.",
+    ):
+        assert expected in values["verdicts_withheld"]
+        assert expected in [outcome["text"] for outcome in values["controls"]["outcomes"]]
+        for page in ("report.html", "report.md"):
+            assert expected in (tmp_path / page).read_text(encoding="utf-8").replace("\\", "")
+    assert "No control was" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_finished_controls_wait_for_the_reference(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, {**TWO, "again": AGAIN, "gap": GAP}, roles=ROLES, study=CONTROLS)
+    for seed in (1, 2, 3):
+        (directory.run_path(f"0{seed - 1}-seed{seed}") / "summary.json").unlink()
+    report = analysed(directory)
+    assert [outcome.passed for outcome in report.outcomes] == [None, None]
+    assert "A/A control cannot be judged: transformer, the reference, has no finished run." in report.withheld
 
 
 def test_a_ranking_that_flips_is_called_unstable(tmp_path: Path) -> None:

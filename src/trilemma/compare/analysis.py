@@ -16,7 +16,7 @@ from trilemma.compare import words
 from trilemma.compare.curves import curve_of, stability, validations
 from trilemma.compare.inference import InferenceCurve, crossovers, inference_of
 from trilemma.compare.metrics import Metric, metric_named
-from trilemma.compare.records import Documents, Inequality, RunRecord, StudyRecord
+from trilemma.compare.records import Documents, Inequality, Role, RunRecord, StudyRecord
 from trilemma.compare.results import CandidateResult, Control, Corner, Quality, Report, SideBySide, SweepPoint, Training
 from trilemma.compare.statistics import Sample, compare_all, compare_pair, interval, resample
 from trilemma.config import MixerSpec, ModelConfig, StudyConfig
@@ -46,7 +46,7 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
     candidates = [rows[name] for name in names]
     controls = [row for row in rows.values() if row.role != "candidate"]
     pairs = compare_all(samples, names)
-    outcomes = [_outcome(row, reference, samples, metric) for row in controls]
+    outcomes = _outcomes(record, groups, samples, metric)
     withheld = words.withheld(outcomes)
     scale = words.scale(candidates, lock, study.budget.amount)
     first = _documents(groups[names[0]][0])
@@ -209,10 +209,31 @@ def log2_ratio(own: float, base: float) -> float:
     return math.log2(own / base) if own > 0 and base > 0 else math.nan
 
 
-def _outcome(row: CandidateResult, reference: str, samples: Mapping[str, Sample], metric: Metric) -> Control:
-    test = compare_pair(samples, reference, row.name)
-    passed, text = words.control(row.name, row.role, test, metric)
-    return Control(row.name, passed, text, test)
+def _outcomes(
+    record: StudyRecord, groups: Mapping[str, Sequence[RunRecord]], samples: Mapping[str, Sample], metric: Metric
+) -> list[Control]:
+    """The outcome of every control that was asked for, or of which there are runs; one that has none is undecided."""
+    study = record.study
+    controls = study.controls
+    asked: dict[Role, bool] = {"same-twice": controls.same_twice, "known-gap": controls.known_gap is not None}
+    planned = [run.planned for run in record.runs] + record.missing
+    reference = study.reference or study.candidates[0].name
+    own = next(candidate.seeds for candidate in study.candidates if candidate.name == reference) or study.seeds
+    outcomes = []
+    for role, wanted in asked.items():
+        runs = [run for run in planned if run.role == role and run.stage == "final"]
+        if not wanted and not runs:
+            continue
+        name = runs[0].candidate if runs else role
+        finished = len(groups.get(name, ()))
+        needed = max(len(runs), len(own) if wanted else 0)
+        if finished < needed:
+            outcomes.append(Control(name, None, words.unfinished(role, finished, needed)))
+        elif reference not in groups:
+            outcomes.append(Control(name, None, words.without_reference(role, reference)))
+        else:
+            outcomes.append(Control(name, *words.control(name, role, compare_pair(samples, reference, name), metric)))
+    return outcomes
 
 
 def _sweep(record: StudyRecord, candidates: Sequence[CandidateResult]) -> list[SweepPoint]:

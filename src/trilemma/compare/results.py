@@ -92,12 +92,14 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Control:
-    """Outcome of an A/A or known-gap control. `passed` None: it could not be judged."""
+    """Outcome of an A/A or known-gap control that was asked for.
+
+    `passed` None: undecided (it has not finished, or has too few seeds); that withholds verdicts as a failure does.
+    """
 
     name: str
     passed: bool | None
     text: str
-    test: PairTest
 
 
 @dataclass(frozen=True)
