@@ -23,6 +23,7 @@ from trilemma.compare.expand import slug
 from trilemma.compare.matching import skeleton
 from trilemma.compare.records import StudyDirectory, StudyRecord
 from trilemma.compare.results import CandidateResult, Report
+from trilemma.compare.words import setting
 from trilemma.config import StudyConfig, StudyTask
 from trilemma.data import probe_of
 from trilemma.errors import CheckpointError
@@ -126,7 +127,7 @@ def read_matrix(out: Path) -> Matrix:
     environment: dict[str, list[str]] = {}
     for report in reports:
         for key, value in report.environment.items():
-            environment.setdefault(key, []).append(value)
+            environment.setdefault(key, []).append(setting(value))
     return Matrix(
         name=study.name,
         candidates=[candidate.name for candidate in study.candidates],

@@ -21,6 +21,17 @@ def amount(value: float) -> str:
     return f"{value:.3g}"
 
 
+def setting(value: object) -> str:
+    """A value of a setting, or of an environment, for people; a list holds those of runs that differ."""
+    if isinstance(value, list):
+        return " / ".join(setting(one) for one in value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def task(study: StudyConfig) -> str:
     """What was learned, from what."""
     data = study.base.data
