@@ -21,7 +21,7 @@ from trilemma.compare.plots import all_plots
 from trilemma.compare.records import StudyDirectory
 from trilemma.compare.report import as_json, markdown_text, render, write_report
 from trilemma.compare.results import Report
-from trilemma.compare.tables import all_tables, result_table, stability_table, summary_table
+from trilemma.compare.tables import all_tables, result_table, stability_table, summary_table, triangle_table
 from trilemma.errors import CheckpointError
 from trilemma.runs import RunDirectory
 
@@ -97,7 +97,9 @@ def test_equals_are_not_distinguishable_and_too_few_seeds_give_no_verdict(tmp_pa
     same = write_study(tmp_path / "same", {"a": Fake(), "b": Fake()})
     assert analysed(same).verdicts[0].startswith("a and b: not distinguishable with this budget (")
     few = write_study(tmp_path / "few", {"a": Fake(), "b": Fake(accuracy=0.1, seeds=(1, 2))})
-    assert analysed(few).verdicts[0].startswith("a and b: no verdict: 2 seeds, three are needed (")
+    report = analysed(few)
+    assert report.verdicts[0].startswith("a and b: no verdict: 2 seeds, three are needed (")
+    assert any(line.startswith("2 seeds of some candidates: the luck of initialisation") for line in report.limits)
 
 
 def test_both_controls_passing_leaves_the_verdicts(tmp_path: Path) -> None:
@@ -168,6 +170,7 @@ def test_finished_controls_wait_for_the_reference(tmp_path: Path) -> None:
     report = analysed(directory)
     assert [outcome.passed for outcome in report.outcomes] == [None, None]
     assert "A/A control cannot be judged: transformer, the reference, has no finished run." in report.withheld
+    assert "transformer, the reference, has no finished run: lstm stands in for it." in report.limits
 
 
 def test_a_ranking_that_flips_is_called_unstable(tmp_path: Path) -> None:
@@ -236,6 +239,7 @@ def test_costs_are_compared_where_all_were_measured(tmp_path: Path) -> None:
     directory = write_study(tmp_path, {**TWO, "lstm": short})
     report = analyse(directory.read(), price_per_hour=3.6)
     assert "ms per token and state after 512 tokens" in summary_table(report)
+    assert "inference: ms per token after 512" in triangle_table(report).header
     values = as_json(report)
     assert values["inference_context"] == 512
     for row in values["candidates"]:

@@ -89,7 +89,7 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
         missing=record.missing,
         data_hash=" / ".join(_distinct(record.runs, "data_hash")),
         order_hashes=_order_hashes(groups),
-        environment=_environment(record.runs),
+        environment=environment(record.runs),
         command=record.plan.command,
         price_per_hour=price,
     )
@@ -313,7 +313,7 @@ def _environments(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     return found
 
 
-def _environment(runs: Sequence[RunRecord]) -> dict[str, Any]:
+def environment(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Every key of the runs' environments: its value or, where runs differ, the list of all values."""
     return {key: values[0] if len(values) == 1 else values for key, values in _environments(runs).items()}
 

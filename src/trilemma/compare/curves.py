@@ -56,7 +56,8 @@ def judged_by(runs: Sequence[RunRecord], metric: str) -> Judged:
     """
     quality = runs[0].config.training.quality
     for name in dict.fromkeys([quality.metric if quality else metric, metric]):
-        if all(any(line.get(f"valid_{name}") is not None for line in run.metrics) for run in runs):
+        # Found once, at the end, it would be a point and no curve.
+        if all(sum(line.get(f"valid_{name}") is not None for line in run.metrics) > 1 for run in runs):
             return _judged(name, is_share=quality is None and runs[0].config.data.task == "probe")
     return LOSS
 

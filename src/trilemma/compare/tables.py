@@ -193,7 +193,8 @@ def _where_costs(report: Report) -> str:
 def triangle_table(report: Report) -> Table:
     """The three corners, raw and against the reference."""
     header = ["candidate", f"quality: {report.metric.title}", "against reference"]
-    header += ["training: s per M tokens", "against reference", "inference: ms per token", "against reference"]
+    after = "" if report.context is None else f" after {report.context:,}"
+    header += ["training: s per M tokens", "against reference", f"inference: ms per token{after}", "against reference"]
     data_header = ["candidate", "quality", "quality_log2", "training_seconds_per_million", "training_log2"]
     data_header += ["ms_per_token", "inference_log2"]
     rows: list[list[str]] = []

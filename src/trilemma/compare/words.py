@@ -160,6 +160,9 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
         f"{budget(study.budget.lock, study.budget.amount)}. Rankings at other sizes and budgets may differ.",
         "One task and one data set: nothing here says how the candidates rank on another one.",
     ]
+    wanted = study.reference or study.candidates[0].name
+    if wanted not in [row.name for row in candidates]:
+        lines.append(f"{wanted}, the reference, has no finished run: {candidates[0].name} stands in for it.")
     if not study.learning_rates:
         rates = ", ".join(sorted({f"{row.training.learning_rate:g}" for row in candidates}))
         lines.append(
@@ -175,6 +178,8 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
     seeds = min(row.quality.interval.seeds for row in candidates)
     if seeds < MIN_SEEDS:
         count = f"{seeds} {_plural('seed', seeds)}"
+        if seeds < max(row.quality.interval.seeds for row in candidates):
+            count = f"{count} of some candidates"
         lines.append(f"{count}: the luck of initialisation cannot be told from a real difference.")
     elif seeds <= 5:
         lines.append(f"{seeds} seeds: only differences well above the spread between seeds can be found.")
