@@ -324,6 +324,7 @@ def test_the_files_say_what_was_found(tmp_path: Path) -> None:
     assert rows[0]["guessing"] == "50.0"
     values = json.loads((path / "matrix.json").read_text(encoding="utf-8"))
     assert values["columns"][0]["cells"][1]["values"].keys() == {"1", "2"}
+    assert values["environment"]["threads"] == 2
     text = (path / "matrix.md").read_text(encoding="utf-8")
     assert "one, A\\|B: disagrees" in text
     assert "a\\_paper" in text
