@@ -350,12 +350,16 @@ class _Bench:
 def _prepared(model: SequenceModel, dtype: torch.dtype | None) -> SequenceModel:
     """A copy that decodes as `trilemma generate` does: in evaluation mode, and packed where this machine packs.
 
-    A packed model, which cannot be copied, is ready as it is.
+    A model that is ready for inference may hold weights that cannot be copied: it is taken as it is.
     """
     kind = products(model)
     if dtype not in (None, model.dtype) and ("packed" in kind or "int8" in kind):
         raise CapabilityError(f"the weights are {kind}: they cannot be measured as {dtype}")
-    return model.eval() if "packed" in kind else pack(copy.deepcopy(model).to(dtype=dtype).eval())
+    return (
+        model.eval()
+        if "packed" in kind or kind == "int8-in-float32"
+        else pack(copy.deepcopy(model).to(dtype=dtype).eval())
+    )
 
 
 def _random_tokens(model: SequenceModel, batch: int, length: int, seed: int) -> Tensor:
