@@ -15,14 +15,8 @@ from trilemma.machine import Ceilings
 from trilemma.measure import cost
 from trilemma.models import SequenceModel, build_model, pack, packing, products, quantize
 from trilemma.nn import kernels
-from trilemma.nn.linear import (
-    HeldInt8Linear,
-    Int8Linear,
-    PackedInt8Linear,
-    PackedLinear,
-    quantize_rows,
-    quantize_rows_naive,
-)
+from trilemma.nn.codes import quantize_rows, quantize_rows_naive
+from trilemma.nn.linear import HeldInt8Linear, Int8Linear, PackedInt8Linear, PackedLinear
 from trilemma.registry import available_mixers, mixer_class
 from trilemma.runs.tensors import model_tensors
 from trilemma.train import train

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import BackendOption, Device, Json, Overrides, is_run, print_json, say
+from trilemma.cli.common import BackendOption, CacheOption, Device, Json, Overrides, is_run, print_json, say
 from trilemma.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for bench.csv, bench.json, bench.png, bench.svg")
     ] = None,
+    cache: CacheOption = None,
     device: Device = "auto",
     backend: BackendOption = "auto",
     json: Json = False,
@@ -52,6 +53,7 @@ def command(
 
     from trilemma import laws, machine
     from trilemma.measure import cost, cost_report
+    from trilemma.models import cache_kind, cache_notes, hold_cache
     from trilemma.ops import backends
 
     sizes, rows_together = _numbers(contexts, "--contexts"), _numbers(batch, "--batch")
@@ -59,6 +61,10 @@ def command(
         raise ConfigError(f'--precision: unknown value "{precision}"{nearest(precision, PRECISIONS)}')
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
+    if (kind := cache_kind(cache)) is not None:
+        hold_cache(model, kind)
+        for note in cache_notes(model.mixers()):
+            say(f"note: {note}")
     dtype = None if precision == "auto" else getattr(torch, precision)
     used = dtype or model.dtype
     path = laws.admit(model.mixers(), backend, device=place, dtype=used, say=say)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.machine import Ceilings, ceilings, synchronize
 from trilemma.measure.memory import PeakMemory
-from trilemma.models import ModelState, SequenceModel, pack, products
+from trilemma.models import ModelState, SequenceModel, pack, path_of, products
 from trilemma.ops import backends
 
 # Random tokens are drawn above the special ids (pad 0 ... mask 5), so that nothing ends early or is masked.
@@ -234,7 +234,7 @@ class _Bench:
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.new_tokens, self.repeats, self.max_seconds, self.seed = new_tokens, repeats, max_seconds, seed
         self.limits = limits or ceilings(self.device.type)
-        self.path = f"{backends.path()}/{self.device.type}/{products(model)}"
+        self.path = path_of(model)
         self.has_encoder = model.layout == "encoder-decoder"
 
     def cell(self, context: int, batch: int, source_length: int | None) -> DecodeCost:

@@ -13,7 +13,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from trilemma.nn.linear import INT8, Int8Linear, PackedInt8Linear, PackedLinear
+from trilemma.nn.codes import INT8
+from trilemma.nn.linear import Int8Linear, PackedInt8Linear, PackedLinear
 
 # Weights of a layer from which on packing pays: below, the kernel's call costs more than it saves. Without AVX-512
 # torch's plain product is the faster one for a single row up to here, and as fast for many.

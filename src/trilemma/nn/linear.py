@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-INT8 = 127  # codes are -127 to 127: symmetric, so that zero is zero
-_SMALLEST = 1e-30  # scale of a row of zeros
+from trilemma.nn.codes import quantize_rows, row_scales
+
 _SHIFT = 128  # the processor's 8-bit units multiply an unsigned by a signed number
 _PACKED_ROWS = 32  # the number of rows that the packed layout is chosen for
 _EXACT = 1024  # inputs whose products of codes float32 adds without rounding: 1024 * 127^2 < 2^24
@@ -170,34 +170,6 @@ class Int8Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 -> [..., K] float32."""
         return nn.functional.embedding(ids, self.codes) * self.scale[ids][..., None]
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest 8-bit codes of each row: x ~ codes * scale.
-
-    Args:
-        x: [..., K]. What is not a number stays one: it goes into the row's scale.
-
-    Returns:
-        codes [..., K] int8, -127 to 127; scale [..., 1].
-    """
-    scale = row_scales(x)
-    return (x / scale).round_().to(torch.int8), scale
-
-
-def row_scales(x: Tensor) -> Tensor:
-    """[..., K] -> [..., 1]: what a code of 1 stands for in each row, so that its largest value has the code 127."""
-    return x.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).div_(INT8)
-
-
-def quantize_rows_naive(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Reference for `quantize_rows`, for a matrix [rows, K], as the definition is written."""
-    codes, scales = torch.zeros(x.shape, dtype=torch.int8), torch.zeros(len(x), 1, dtype=x.dtype)
-    for row, values in enumerate(x.tolist()):
-        scales[row] = max([abs(value) for value in values] + [_SMALLEST]) / INT8
-        for column, value in enumerate(values):
-            codes[row, column] = round(value / float(scales[row]))
-    return codes, scales
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
