@@ -20,9 +20,9 @@ from trilemma.compare.records import Documents, Inference, InferencePoint, Sampl
 PLACE = {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "gpu": None}
 
 
-def texts(path: Path, **changes: Any) -> list[str]:
+def texts(folder: Path, **changes: Any) -> list[str]:
     """Inequalities of a study in which A was measured where it was trained, and B with these changes."""
-    directory = write_study(path, {"A": Fake(), "B": Fake()})
+    directory = write_study(folder, {"A": Fake(), "B": Fake()})
     lawful = {"path": "plain", "environment": PLACE, "measured": "2026-11-30T10:00:00+00:00"}
     for name, values in (("00-seed1", lawful), ("03-seed1", {**lawful, **changes})):
         directory.write_inference(name, dataclasses.replace(directory.read_inference(name), **values))
