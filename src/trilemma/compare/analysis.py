@@ -41,22 +41,16 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
     reference = wanted if wanted in names else names[0]
     metric = _metric(groups)
     samples = _resampled(groups, metric, names)
-    lock = study.budget.lock
     judged = judged_by([run for name in names for run in groups[name]], metric.name)
-    rows = {name: _row(name, runs, samples[name], metric, lock, judged) for name, runs in groups.items()}
-    context = _largest_shared_context(list(rows.values()))
-    rows = {name: _with_corners(row, rows[reference], metric, context) for name, row in rows.items()}
-    if price is not None:
-        rows = {
-            name: dataclasses.replace(row, price=_price(row.training, row.inference, price, context))
-            for name, row in rows.items()
-        }
+    own = {name: _row(name, runs, samples[name], metric, study.budget.lock, judged) for name, runs in groups.items()}
+    context = _largest_shared_context(list(own.values()))
+    rows = {name: _compared(row, own[reference], metric, context, price) for name, row in own.items()}
     candidates = [rows[name] for name in names]
     controls = [row for row in rows.values() if row.role != "candidate"]
     pairs = compare_all(samples, names)
     outcomes = _outcomes(record, groups, samples, metric)
     withheld = words.withheld(outcomes)
-    scale = words.scale(candidates, lock, study.budget.amount)
+    scale = words.scale(candidates, study.budget.lock, study.budget.amount)
     first = _documents(groups[names[0]][0])
     return Report(
         name=study.name,
@@ -204,9 +198,10 @@ def _largest_shared_context(rows: Sequence[CandidateResult]) -> int | None:
     return max(shared) if shared else None
 
 
-def _with_corners(
-    row: CandidateResult, reference: CandidateResult, metric: Metric, context: int | None
+def _compared(
+    row: CandidateResult, reference: CandidateResult, metric: Metric, context: int | None, per_hour: float | None
 ) -> CandidateResult:
+    """The row with its corners against the reference, and its price."""
     own, base = row.quality.interval.mean, reference.quality.interval.mean
     sign = 1.0 if metric.higher_is_better else -1.0
     corners = {
@@ -219,7 +214,8 @@ def _with_corners(
     if context is not None and row.inference and reference.inference:
         cost = row.inference.ms_per_token[context]
         corners["inference"] = Corner(cost, -log2_ratio(cost, reference.inference.ms_per_token[context]))
-    return dataclasses.replace(row, corners=corners)
+    price = {} if per_hour is None else _price(row.training, row.inference, per_hour, context)
+    return dataclasses.replace(row, corners=corners, price=price)
 
 
 def log2_ratio(own: float, base: float) -> float:
