@@ -215,7 +215,7 @@ def quality(peer: Result | None) -> Section:
     if (study / "results.csv").exists():
         report = json.loads((study / "report.json").read_text(encoding="utf-8"))
         origins.append(origin(report))
-        threads = report["environment"]["threads"]
+        threads = str(report["environment"]["threads"])
         with (study / "results.csv").open(encoding="utf-8", newline="") as file:
             rows += [
                 (f"ours, {row['candidate']}", float(row["bleu"]), float(row["training_seconds"]), threads)

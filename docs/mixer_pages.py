@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from trilemma.laws.oracles import Agreement, closeness, shipped_oracles
-from trilemma.laws.records import PATHS, fingerprint, shipped_records
+from trilemma.laws.records import PATHS, fingerprint, kind_of, shipped_paths, shipped_records
 from trilemma.mixers.base import MemoryMixer, Mixer, build_mixer
 from trilemma.registry import available_mixers, mixer_class
 
@@ -141,6 +141,8 @@ def abilities(cls: type[Mixer]) -> Iterator[str]:
     if has_state(built(cls)) and not able.reads_memory:
         yield "State of constant size" if able.constant_state else "State that grows with the tokens read"
         yield "takes tokens back by itself" if able.rewinds else "takes tokens back by replaying them"
+    if able.keeps_keys:
+        yield "its keys and values can be held in 8 bits"
     yield "compiles" if able.compiles is True else f"is not compiled: {able.compiles}"
     for verb, values in (("publishes", built(cls).publishes()), ("reads", built(cls).reads())):
         for value, kind in values.items():
@@ -198,10 +200,11 @@ def current_record(name: str, path: str) -> dict[str, Any] | None:
 def laws(name: str) -> str:
     """Each path's laws."""
     rows, origins = [], []
-    for path in PATHS:
+    for path in shipped_paths(name):
+        held = "" if kind_of(path) is None else ", keys and values in 8 bits"
         known = current_record(name, path)
         if known is None:
-            rows.append(("`compile`" if path == "compiled" else "all others", NOT_SHOWN, "", ""))
+            rows.append(("`compile`" if path == "compiled" else f"all others{held}", NOT_SHOWN, "", ""))
             continue
         origins.append(
             f"{path}: level {known['level']}, seed {known['seed']}, torch {known['torch']}, {known['device']}, "
@@ -211,7 +214,7 @@ def laws(name: str) -> str:
             worst = f"{result['worst']:.2g}" if "worst" in result else ""
             says = {"pass": "holds", "fail": "does not hold", "n/a": "says nothing"}[result["outcome"]]
             reason = f": {escaped(result['reason'])}" if "reason" in result else ""
-            rows.append((f"`{law}`", says + reason, str(result.get("variants", "")), worst))
+            rows.append((f"`{law}`{held}", says + reason, str(result.get("variants", "")), worst))
     heads = ("law", "outcome", "variants", "largest error, of what is allowed")
     return "\n\n".join([table(heads, rows), *(f"Path {origin}." for origin in origins)])
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trilemma.errors import ConfigError, nearest
-from trilemma.sections import QualityConfig, Section, SplitConfig
+from trilemma.sections import Counts, QualityConfig, Rates, Section, Seeds, SplitConfig
 from trilemma.settings import DEFAULT_MIXERS, Origin, yaml_text
 from trilemma.settings import apply_overrides as apply_overrides
 from trilemma.settings import merge as merge
@@ -249,7 +249,7 @@ class Candidate(Section):
 
     name: str
     overrides: dict[str, Any] = Field(default_factory=dict)
-    seeds: list[int] | None = Field(None, description="None: the study's")
+    seeds: Seeds | None = Field(None, description="None: the study's")
 
 
 class Budget(Section):
@@ -294,15 +294,15 @@ class StudyConfig(Section):
     )
     reference: str | None = Field(None, description="None: the first candidate")
     budget: Budget
-    learning_rates: list[float] = Field(default_factory=list, description="empty: the base's, no sweep")
+    learning_rates: Rates = Field(default_factory=list, description="empty: the base's, no sweep")
     sweep_share: float = Field(1.0, gt=0, le=1, description="part of the budget that each run of the sweep gets")
     sweep_seeds: int = Field(1, ge=1, description="with how many of the seeds each learning rate is tried")
     widen: bool = Field(True, description="an optimum at the grid's edge adds one learning rate beyond it")
-    seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
+    seeds: Seeds = Field(default_factory=lambda: [1])
     controls: Controls = Controls()
     metric: str | None = Field(None, description="None: by task (bleu, accuracy, bits_per_byte, exact_match)")
-    contexts: list[int] = Field(default_factory=lambda: [128, 512, 2048])
-    batch_sizes: list[int] = Field(default_factory=lambda: [1], description="rows decoded at once, for inference cost")
+    contexts: Counts = Field(default_factory=lambda: [128, 512, 2048])
+    batch_sizes: Counts = Field(default_factory=lambda: [1], description="rows decoded at once, for inference cost")
     samples: int = Field(8, ge=0, description="outputs shown side by side")
     price_per_hour: float | None = Field(None, gt=0)
     workers: int = Field(1, ge=1, description="runs trained at once; they share the cores evenly")

@@ -49,7 +49,11 @@ class BackendError(TrilemmaError):
 
 
 class TrainingError(TrilemmaError):
-    """Training cannot go on: the loss or a gradient is not a number."""
+    """Training cannot go on: the loss or a gradient is not a number, in this step."""
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Interrupted(TrilemmaError):

@@ -35,32 +35,22 @@ from trilemma.decode import (
     write,
 )
 from trilemma.decode.hypothesis import NOT_A_NUMBER
-from trilemma.errors import (
-    CapabilityError,
-    ConfigError,
-    DataError,
-    LengthError,
-    TrilemmaError,
-    nearest,
-)
+from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, TrilemmaError, nearest
 from trilemma.machine import choose_device, keep_freed_memory
 from trilemma.measure.evaluation import Evaluation, score_model, score_questions, score_texts
 from trilemma.measure.forced import forced_token_nats
 from trilemma.measure.reading import Classified as Classified
 from trilemma.measure.reading import Reader
 from trilemma.measure.texts import file_texts, questions_of, split_texts
-from trilemma.models import SequenceModel, pack, quantize
+from trilemma.models import SequenceModel, cache_kind, hold_cache, pack, quantize
 from trilemma.runs import RunDirectory
 from trilemma.runs.load import LoadedRun, load_run
+from trilemma.state import CacheKind
 
 OverLength = Literal["error", "skip"]
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-    "int8": torch.float32,  # of what is not in 8 bits
-}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
+_DTYPES["int8"] = torch.float32  # of what is not in 8 bits
 # Lines decoded together by `stream`: enough for batches of similar length, little enough to hold.
 DEFAULT_WINDOW = 1024
 _WINDOW_CHARACTERS = 1 << 22
@@ -134,6 +124,7 @@ def load(
     checkpoint: int | Literal["published", "best", "last"] = "published",
     ensemble: Sequence[str | Path] = (),
     average: str | None = None,
+    cache: str | None = None,
 ) -> Predictor:
     """Opens a run for use.
 
@@ -145,24 +136,26 @@ def load(
         checkpoint: the published weights, or "best", "last" or a step.
         ensemble: runs whose predictions are averaged with this one's; of the same task, layout and vocabulary.
         average: "log-probability" or "probability": what the ensemble averages; None: log-probabilities.
+        cache: "int8": keys and values in 8 bits (`trilemma.models.hold_cache`); None: as activations are.
 
     Raises:
         CheckpointError: not a run, not finished, or a file is missing, truncated, altered or foreign.
-        ConfigError: unknown device, dtype or average; a run of the ensemble that does not fit the first.
+        ConfigError: unknown device, dtype, cache or average; a run of the ensemble that does not fit the first.
     """
     wanted = dtype
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ConfigError(f'unknown dtype "{dtype}"{nearest(dtype, _DTYPES)}')
         dtype = _DTYPES[dtype]
+    kind = cache_kind(cache)
     chosen, _ = choose_device(device)
-    run = _opened(path, chosen, dtype, checkpoint, wanted == "int8")
+    run = _opened(path, chosen, dtype, checkpoint, wanted == "int8", kind)
     temperature = run.directory.read_temperature() if checkpoint == "published" else None
     whole = None
     if ensemble:
         Prompts(run.tokenizer, run.config).require_generation()
         own = run.model.dtype
-        others = [_opened(other, chosen, own, checkpoint, wanted == "int8") for other in ensemble]
+        others = [_opened(other, chosen, own, checkpoint, wanted == "int8", kind) for other in ensemble]
         whole = joined([run, *others], average or "log-probability")
     elif average is not None:
         raise ConfigError(f'average "{average}": there is no ensemble; name its other runs (--with RUN)')
@@ -175,12 +168,14 @@ def _opened(
     dtype: torch.dtype | None,
     checkpoint: int | Literal["published", "best", "last"],
     coded: bool,
+    cache: CacheKind,
 ) -> LoadedRun:
     """A run ready for use: its weights in 8 bits where asked for, and packed where this machine's kernels take them."""
     run = load_run(path, device, dtype, checkpoint)
     if coded and run.config.model.quantization is None:
         quantize(run.model)
     pack(run.model)
+    hold_cache(run.model, cache)
     if run.model.device.type == "cpu":
         keep_freed_memory()
     return run

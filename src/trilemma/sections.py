@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+
+def _each_once(values: list[int]) -> list[int]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"each may be given once, found {values}")
+    return values
+
+
+# Lists of a study: their items are held to the bounds that a single value has elsewhere.
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)]
+Counts = list[Annotated[int, Field(ge=1)]]
+Rates = list[Annotated[float, Field(gt=0)]]
 
 
 class Section(BaseModel):

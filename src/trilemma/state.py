@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +22,16 @@ from trilemma.errors import CapabilityError, CheckpointError
 
 _FORMAT = "trilemma-state-1"
 
+# How keys and values are held: None: in the type that the State was made with; or in 8 bits (`nn.coded_cache`).
+CacheKind = Literal["int8"] | None
+
 
 @dataclass
 class State:
     """Base: a dataclass whose fields are tensors, States, tuples of States, or plain numbers known to Python.
 
-    Floating-point tensors are the payload; integer tensors (lengths, indices) are book-keeping and are not counted in
-    `nbytes`.
+    Floating-point tensors are the payload, and codes that stand for such numbers; other integer tensors (lengths,
+    indices) are book-keeping and are not counted in `nbytes`.
 
     Attributes:
         growing: axis of a tensor, besides the rows, whose size is the State's own and not the mixer's.
@@ -82,7 +85,8 @@ class State:
     @property
     def capacity_nbytes(self) -> int:
         """Bytes of payload reserved, at least `nbytes`."""
-        return sum(tensor.nbytes for tensor in self.tensors().values() if tensor.is_floating_point())
+        own = sum(tensor.nbytes for _, tensor in self._own_tensors() if tensor.is_floating_point())
+        return own + sum(state.capacity_nbytes for _, state in self._children())
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by dotted name."""

@@ -106,3 +106,27 @@ def test_a_backend_that_cannot_serve_is_an_error(config: Path, capsys: pytest.Ca
     assert capsys.readouterr().err == "trilemma: backend fla runs on cuda, not on cpu\n"
     assert main(["bench", str(config), *QUICK, "--backend", "flaa"]) == 2
     assert 'unknown backend "flaa"; did you mean "fla"?' in capsys.readouterr().err
+
+
+def test_a_cache_in_eight_bits(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    for arguments in ([], ["--cache", "int8"]):
+        assert (
+            main(
+                [
+                    "bench",
+                    str(config),
+                    "model.mixer=[attention,gru]",
+                    "model.num_layers=2",
+                    *QUICK,
+                    *arguments,
+                    "--json",
+                ]
+            )
+            == 0
+        )
+        captured = capsys.readouterr()
+        row = json.loads(captured.out)["rows"][0]
+        sizes[row["path"]] = row["state_bytes"]
+    assert "without keys and values, and as before: gru" in captured.err
+    assert sizes["plain/cpu/float32+cache-int8"] < sizes["plain/cpu/float32"]

@@ -9,6 +9,7 @@ import pytest
 
 from trilemma import machine
 from trilemma.cli.main import main
+from trilemma.nn import kernels
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "measuring" in captured.err
     reasons = {(item["runs"], item["why"]) for item in report["backends"]}
     assert reasons == {("plain PyTorch", "backend fla runs on cuda, not on cpu")}
+    assert report["weights_on_the_cpu"] == kernels.explained()
     assert {"decayed_scan", "delta_rule"} <= {item["operator"] for item in report["backends"]}
 
 
@@ -42,6 +44,7 @@ def test_text_names_every_choice_with_its_reason(capsys: pytest.CaptureFixture[s
     assert "GFLOP/s" in text
     assert "GB/s" in text
     assert "decayed_scan  plain PyTorch (backend fla runs on cuda, not on cpu)" in text
+    assert f"int8      {kernels.explained()['int8']}" in text
     assert main(["doctor", "--device", "cpu"]) == 0
     assert "measuring" not in capsys.readouterr().err  # the second time it comes from the cache
 

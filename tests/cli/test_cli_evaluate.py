@@ -128,3 +128,18 @@ def test_classify_refuses(
     assert "task is seq2seq, not classification" in capfd.readouterr().err
     assert classify(classifier, "a\nb\n" + "x" * 41, monkeypatch, "--window", "2") == 2
     assert "line 3: 41 tokens, more than data.max_source_length = 40" in capfd.readouterr().err
+
+
+def test_what_a_cache_in_eight_bits_costs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--cache", "int8", "--metrics", "loss,exact_match", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["path"].endswith("+cache-int8")
+    scores = {score["metric"]: score["value"] for score in result["scores"]}
+    before = {score["metric"]: score["value"] for score in result["without_cache"]}
+    assert scores["loss"] != before["loss"]
+    assert scores["loss"] == pytest.approx(before["loss"], rel=0.05)
+    assert f"test\tloss\t{before['loss']:.4f} -> {scores['loss']:.4f} (" in captured.err
+    assert not (run / "scores.json").exists()
+    assert main(["evaluate", str(run), "--cache", "int9"]) == 2
+    assert 'unknown cache "int9"; did you mean "int8"?' in capsys.readouterr().err

@@ -188,3 +188,12 @@ def test_models_without_a_source_to_look_at(make_run: MakeRun, trilemma_of: Call
     ):
         code, _, err = trilemma_of("generate", TEXT, run, argument)
         assert (code, message in err) == (2, True), err
+
+
+def test_a_cache_in_eight_bits_is_named(make_run: MakeRun, trilemma_of: Callable[..., tuple]) -> None:
+    run = make_run(model__layout="decoder-only", model__mixer="attention", data__task="language-model")
+    code, text, message = trilemma_of("generate", TEXT, run, "--cache", "int8")
+    assert (code, text.count("\n")) == (0, 3)
+    assert "float64+cache-int8)" in message
+    code, _, message = trilemma_of("generate", TEXT, run, "--cache", "float8")
+    assert (code, message) == (2, 'trilemma: unknown cache "float8"; valid: int8\n')

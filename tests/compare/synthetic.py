@@ -22,6 +22,7 @@ from trilemma.compare.records import (
 )
 from trilemma.config import StudyConfig, parse
 from trilemma.runs import RunDirectory
+from trilemma.sections import QualityConfig
 
 AMOUNT = 1_000_000
 
@@ -33,13 +34,17 @@ class Fake:
     accuracy: float = 0.9
     seeds: tuple[int, ...] = (1, 2, 3)
     model: Mapping[str, Any] = field(default_factory=dict)
+    fitted: Mapping[str, Any] = field(default_factory=dict)  # of the model, set by parameter matching
+    embedding: int = 200_000  # parameters
     seconds: float = 100.0
     slope: float = 0.0  # ms per token and per token of context
     base_ms: float = 2.0
     state_per_token: float = 0.0
     state: float = 4096.0
     losses: tuple[float, ...] = (3.0, 2.0, 1.5, 1.2)  # at a quarter, half, three quarters, full
+    quality: tuple[float, ...] = ()  # chrF at the same places, where `training.quality` asks for it
     output: str = "zwei"
+    contexts: tuple[int, ...] = (128, 512, 2048)  # where inference cost was measured
     unmeasured: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -101,15 +106,21 @@ def _write_run(
     generator: np.random.Generator,
     source: str,
 ) -> None:
-    model = study.base.model.model_copy(update={"vocab_size": 100, **fake.model})
-    config = study.base.model_copy(update={"model": model, "seed": run.seed})
+    model = study.base.model.model_copy(update={"vocab_size": 100, **fake.model, **fake.fitted})
+    training = study.base.training
+    if fake.quality:
+        training = training.model_copy(update={"quality": QualityConfig(metric="chrf")})
+    config = study.base.model_copy(update={"model": model, "seed": run.seed, "training": training})
     made = RunDirectory.create(directory.run_path(run.name), config, b"{}")
     made.write_summary(_summary(run, fake))
     for at, loss in enumerate(fake.losses, start=1):
         share = at / len(fake.losses)
         line = {"step": int(400 * share), "tokens": AMOUNT * share, "flops": 1e12 * share}
         jitter = float(generator.normal(0, 0.01))
-        made.append_metrics({**line, "seconds": fake.seconds * share, "valid_loss": loss + jitter})
+        found = {"valid_loss": loss + jitter}
+        if fake.quality:
+            found["valid_chrf"] = fake.quality[at - 1]
+        made.append_metrics({**line, "seconds": fake.seconds * share, **found})
     threshold = float(np.quantile(difficulty, fake.accuracy)) if fake.accuracy < 1 else np.inf
     right = difficulty + generator.normal(0, 0.3, len(difficulty)) < threshold + generator.normal(0, 0.01)
     statistics = np.stack([right.astype(float), np.ones(len(right))], axis=1)
@@ -117,7 +128,7 @@ def _write_run(
     directory.write_documents(run.name, Documents("exact_match", "exact|v:1", "test", statistics, [sample]))
     points = [
         InferencePoint(c, 1, fake.base_ms + fake.slope * c, fake.state + fake.state_per_token * c)
-        for c in (128, 512, 2048)
+        for c in fake.contexts
     ]
     directory.write_inference(run.name, Inference(points, dict(fake.unmeasured)))
 
@@ -129,7 +140,11 @@ def _summary(run: PlannedRun, fake: Fake) -> dict[str, Any]:
         "flops": 1e12,
         "seconds": fake.seconds,
         "peak_memory_bytes": 300 << 20,
-        "parameters": {"total": 1_200_000, "embedding": 200_000, "non_embedding": 1_000_000},
+        "parameters": {
+            "total": 1_000_000 + fake.embedding,
+            "embedding": fake.embedding,
+            "non_embedding": 1_000_000,
+        },
         "best_step": 400,
         "data_hash": "d" * 64,
         "order_hash": f"{run.seed}" * 64,

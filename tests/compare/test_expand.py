@@ -132,6 +132,68 @@ def test_mistakes_in_names_are_clear() -> None:
         expand(study({"name": "a"}, {"name": "b", "overrides": {"model.mixr": "gru"}}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contexts": [0]}, r"contexts\.0: .* greater than or equal to 1, found 0"),
+        ({"contexts": [8, -5]}, r"contexts\.1: .*found -5"),
+        ({"batch_sizes": [0]}, r"batch_sizes\.0: .*found 0"),
+        ({"seeds": [-1]}, r"seeds\.0: .*found -1"),
+        ({"seeds": [1, 1]}, r"seeds: each may be given once, found \[1, 1\]"),
+        ({"seeds": []}, "seeds: "),
+        ({"learning_rates": [1e-3, -1.0]}, r"learning_rates\.1: .*found -1"),
+        ({"candidates": [{"name": "a", "seeds": [1, 1, 1]}]}, r"candidates\.0\.seeds: each may be given once"),
+        ({"candidates": [{"name": "a", "seeds": [-1]}]}, r"candidates\.0\.seeds\.0: .*found -1"),
+    ],
+)
+def test_items_of_lists_are_held_to_their_bounds(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        study(**changes)
+
+
+def test_a_sweep_cannot_have_more_seeds_than_a_candidate() -> None:
+    few = {"name": "b", "seeds": [4]}
+    asked = study({"name": "a"}, few, seeds=[1, 2], sweep_seeds=2, learning_rates=[1e-3, 2e-3])
+    with pytest.raises(ConfigError, match=r'sweep_seeds: 2 are asked for, candidate "b" has the seeds \[4\]'):
+        expand(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "controls"),
+    [("a (again)", {"same_twice": True}), ("a (handicapped)", {"known_gap": {"model.positions": "none"}})],
+)
+def test_the_name_of_a_control_is_reserved(name: str, controls: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r'candidates: "a \(.*\)" is the name of a control; choose another'):
+        expand(study({"name": "a"}, {"name": name}, controls=controls))
+    assert len(expand(study({"name": "a"}, {"name": name})).variants) == 2
+
+
+def test_no_two_variants_share_a_folder() -> None:
+    names = ["a b", "a/b", "a-b-2", "a b again"]
+    asked = study(*({"name": name} for name in names), reference="a b", controls={"same_twice": True}, seeds=[1])
+    asked = asked.model_copy(update={"controls": asked.controls.model_copy(update={"known_gap": {"model.d_ff": 8}})})
+    found = expand(asked)
+    runs = [job.planned.name for job in final_jobs(found, asked, dict.fromkeys(names, 1e-3))]
+    folders = {name.partition("-lr")[0] for name in runs}
+    assert len(folders) == len(found.variants) == 6
+    assert {"a-b", "a-b-2", "a-b-2-2", "a-b-again", "a-b-again-2", "a-b-handicapped"} == folders
+
+
+@pytest.mark.parametrize(
+    ("gap", "message"),
+    [
+        ({"training.max_tokens": 5}, r"controls\.known_gap: training\.max_tokens must be the same for all candidates"),
+        ({"data.lowercase": True}, r"controls\.known_gap: data\.lowercase must be the same for all candidates"),
+        ({"training.learning_rate": 1e-9}, r"training\.learning_rate is the reference's"),
+        ({}, r"controls\.known_gap: changes nothing of the reference"),
+        ({"model.positions": "sinusoidal"}, r"controls\.known_gap: changes nothing of the reference"),
+    ],
+)
+def test_a_known_gap_must_be_one(gap: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expand(study(controls={"known_gap": gap}))
+
+
 @pytest.mark.parametrize("lock", ["tokens", "seconds"])
 def test_a_locked_budget_is_the_only_thing_that_ends_a_run(lock: str, dataset: Dataset) -> None:
     found = expand(study(budget={"lock": lock, "amount": 1000}), dataset)

@@ -8,11 +8,11 @@ from sacrebleu.metrics import BLEU
 
 from trilemma.compare.metrics import METRICS, Array, bleu_from_sums, metric_named
 from trilemma.compare.statistics import (
-    Sample,
     compare_all,
     compare_pair,
     holm,
     interval,
+    replicates_for,
     resample,
 )
 from trilemma.errors import ConfigError
@@ -32,10 +32,12 @@ def simulate(
     return runs
 
 
-def naive(sample: Sample, generator: np.random.Generator) -> tuple[float, float]:
+def naive(runs: list[Array], trial: int, generator: np.random.Generator) -> tuple[float, float]:
     """The defect that `interval` avoids: seeds drawn with replacement."""
-    picks = generator.integers(0, sample.values.size, (len(sample.replicates), sample.values.size))
-    draws = np.take_along_axis(sample.replicates, picks, axis=1).mean(axis=1)
+    apart = resample({str(at): [run] for at, run in enumerate(runs)}, LOSS, 1000, trial)
+    replicates = np.stack([sample.replicates for sample in apart.values()], axis=1)  # [replicates, seeds]
+    picks = generator.integers(0, len(runs), replicates.shape)
+    draws = np.take_along_axis(replicates, picks, axis=1).mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
@@ -50,7 +52,7 @@ def test_intervals_cover_the_truth_where_drawing_seeds_with_replacement_does_not
         sample = resample(runs, LOSS, 1000, trial)["a"]
         found = interval(sample, LOSS, trial)
         hits += found.low <= 3.0 <= found.high
-        low, high = naive(sample, generator)
+        low, high = naive(runs["a"], trial, generator)
         naive_hits += low <= 3.0 <= high
     assert 0.93 <= hits / trials <= 0.98
     assert naive_hits / trials < 0.85
@@ -98,6 +100,29 @@ def test_family_wise_errors_stay_at_the_level_over_many_pairs() -> None:
         uncorrected += any(pair.p is not None and pair.p < 0.05 for pair in pairs)
     assert wrong / 150 <= 0.07
     assert uncorrected > wrong  # the correction does something
+
+
+def test_many_candidates_can_still_be_told_apart() -> None:
+    """24 candidates are 276 pairs: with 10,000 replicates no p-value could be below 276 * 2 / 10,001 = 0.055."""
+    generator = np.random.default_rng(2)
+    shared = generator.normal(0, 0.5, DOCUMENTS)
+    names = [f"c{at:02d}" for at in range(24)]
+    runs = {name: simulate(generator, 9.0 if name == "c23" else 3.0, shared) for name in names}
+    replicates = replicates_for([SEEDS] * len(names), DOCUMENTS)
+    assert replicates == 400 * 276
+    few, enough = (compare_all(resample(runs, LOSS, count), names) for count in (10_000, replicates))
+    assert not any(pair.separated for pair in few)
+    assert {pair.first for pair in enough if pair.separated} == set(names[:-1])
+    assert {pair.second for pair in enough if pair.separated} == {"c23"}
+
+
+def test_replicates_are_bounded_by_time_and_never_too_few() -> None:
+    assert replicates_for([3] * 6, 1000) == 10_000  # 15 pairs
+    assert replicates_for([3, 3] + [1] * 50, 1000) == 10_000  # only pairs with seeds enough count
+    assert replicates_for([3] * 24, 10_000) == 40_000  # as many as are affordable
+    for candidates in (2, 24, 60, 100):
+        pairs = candidates * (candidates - 1) // 2
+        assert pairs * 2 / (replicates_for([3] * candidates, 20_000) + 1) < 0.025
 
 
 def test_holm_against_a_hand_calculation() -> None:

@@ -30,6 +30,7 @@ from trilemma.compare.tasks import run_tasks, task_study
 from trilemma.compare.training import in_parallel
 from trilemma.config import StudyConfig, parse
 from trilemma.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from trilemma.runs import RunDirectory
 from trilemma.train.api import train
 
 PARITY = {"generated": "parity", "size": 60, "options": {"min_length": 5, "max_length": 9}}
@@ -131,6 +132,10 @@ def test_a_matrix_is_made_controls_first_and_never_repeated(tmp_path: Path) -> N
     assert matrix.columns[1].control_passed is None
     run_tasks(study(), tmp_path, "trilemma compare x.yaml", silent, refuse)
     assert (tmp_path / "tasks" / "parity" / "report.html").is_file()
+    arguments = ["compare", "--out", str(tmp_path), "--report-only", "--price-per-hour", "3"]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "tasks" / "parity" / "report.json").read_text(encoding="utf-8"))
+    assert report["price_per_hour"] == 3
 
 
 def test_a_matrix_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -146,16 +151,24 @@ def test_a_matrix_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_mistakes_stop_a_matrix_before_anything_is_trained(tmp_path: Path) -> None:
     first = STUDY["tasks"][0]
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"a text {at}\n" for at in range(40)), encoding="utf-8")
+    data = {"task": "language-model", "train": {"generated": None, "path": str(file)}, "context_length": 32}
+    texts = {"data": data, "tokenizer": {"kind": "byte"}}
     for tasks, message in (
         ([first, first], 'tasks: two are called "parity"'),
         ([{**first, "control": "grus"}], 'task "parity": no candidate is called "grus"; did you mean "gru"'),
         ([{**first, "expected": {"lstm": "fails"}}], 'no candidate is called "lstm"'),
+        ([first, {"name": "b", "overrides": texts}], 'task "b": learning_rates: a sweep needs validation data'),
         ([{**first, "overrides": {"model.d_modell": 3}}], 'task "parity": unknown key "model.d_modell"'),
     ):
         with pytest.raises(ConfigError, match=message):
             run_tasks(study(tasks=tasks), tmp_path / "x", say=silent, train=refuse)
     with pytest.raises(ConfigError, match="runs that share the machine cannot be given a budget of seconds"):
         run_tasks(study(workers=2, budget={"lock": "seconds", "amount": 3}), tmp_path / "y", say=silent, train=refuse)
+    RunDirectory.create(tmp_path / "z", study().base, b"{}")
+    with pytest.raises(ConfigError, match="holds a run, not a study"):
+        run_tasks(study(), tmp_path / "z", say=silent, train=refuse)
 
 
 def test_a_task_changes_the_base_and_the_budget() -> None:
@@ -324,6 +337,7 @@ def test_the_files_say_what_was_found(tmp_path: Path) -> None:
     assert rows[0]["guessing"] == "50.0"
     values = json.loads((path / "matrix.json").read_text(encoding="utf-8"))
     assert values["columns"][0]["cells"][1]["values"].keys() == {"1", "2"}
+    assert values["environment"]["threads"] == 2
     text = (path / "matrix.md").read_text(encoding="utf-8")
     assert "one, A\\|B: disagrees" in text
     assert "a\\_paper" in text

@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from trilemma import registry
 from trilemma.errors import ConfigError, LawError
-from trilemma.laws import fingerprint, records, require
-from trilemma.laws.records import PATHS, cache_file, shipped_records
+from trilemma.laws import fingerprint, records, require, verify
+from trilemma.laws.records import PATHS, cache_file, shipped_paths, shipped_records
 from trilemma.mixers.base import build_mixer
+from trilemma.nn import coded_cache
 from trilemma.registry import available_mixers, load_plugin, mixer_class
 
 SOUND = "from trilemma.mixers.gru import GRU\nclass {name}(GRU):\n    pass\n"
@@ -45,8 +48,9 @@ def plugin(folder: Path, text: str, name: str) -> str:
     return registered
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", available_mixers())
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name in available_mixers() for path in shipped_paths(name)]
+)
 def test_the_shipped_record_is_up_to_date(name: str, path: str) -> None:
     known = shipped_records()[name][path]
     assert known["fingerprint"] == fingerprint(name, path), "run: trilemma verify --all --record"
@@ -120,3 +124,36 @@ def test_a_fingerprint_covers_what_a_mixer_imports_and_nothing_else() -> None:
     assert {"gru.py", "base.py", "recurrent.py", "state.py", "ragged.py", "truth.py"} <= sources["gru"]
     assert {"retention.py", "decayed_scan.py", "positions.py"} <= sources["retention"]
     assert "decayed_scan.py" not in sources["gru"]
+
+
+def test_a_cache_in_eight_bits_is_a_path_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    known = {"ok": True}
+    monkeypatch.setattr(records, "_lookup", lambda name, path, print_of: asked.append(f"{name} {path}") or known)
+    mixers = [build_mixer(name, 16) for name in ("attention", "gru")]
+    require(mixers)
+    mixers[0].cache = "int8"
+    require(mixers)
+    assert asked == ["attention plain", "gru plain", "attention plain+cache-int8", "gru plain"]
+    assert fingerprint("attention", "plain+cache-int8") != fingerprint("attention")
+
+
+def test_the_laws_find_a_cache_whose_codes_depend_on_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale for each call instead of each token: splitting would change the answer."""
+
+    def by_call(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (x.abs().amax((-1, -2), keepdim=True) / 127).clamp(min=1e-30)
+        return (x / scale).round().to(torch.int8), scale.expand(*x.shape[:-1], 1)
+
+    assert verify("attention", laws=["split"], seed=1, variant=1, cache="int8")[0].ok
+    monkeypatch.setattr(coded_cache, "quantize_rows", by_call)
+    report = verify("attention", laws=["split"], seed=1, variant=1, cache="int8")[0]
+    assert not report.ok
+    assert "--cache int8 --law split" in str(report["split"].reproduce)
+
+
+def test_what_the_laws_cannot_ask_of_a_cache_in_eight_bits() -> None:
+    with pytest.raises(ConfigError, match='mixer "gru" keeps no keys and values'):
+        verify("gru", cache="int8")
+    with pytest.raises(ConfigError, match="the law of training says nothing about a cache in 8 bits"):
+        verify("attention", laws=["training"], cache="int8")

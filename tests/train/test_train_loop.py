@@ -238,8 +238,12 @@ def test_a_nan_loss_names_the_batch_and_keeps_the_checkpoint(
     assert "the last good checkpoint is step 3" in message
     directory = RunDirectory.open(tmp_path / "run")
     assert directory.checkpoints() == [3]
+    failure = directory.read_failure()
+    assert failure is not None
+    assert (failure.step, str(failure)) == (5, message)
     monkeypatch.undo()
     assert train(tiny_config(), out=tmp_path / "run", resume=True, quiet=True).directory.checkpoints() == [9, 12]
+    assert directory.read_failure() is None
 
 
 def test_an_infinite_gradient_is_found_too(tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

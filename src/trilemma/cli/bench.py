@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import BackendOption, Device, Json, Overrides, is_run, print_json, say
+from trilemma.cli.common import BackendOption, CacheOption, Device, Json, Overrides, is_run, print_json, say
 from trilemma.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for bench.csv, bench.json, bench.png, bench.svg")
     ] = None,
+    cache: CacheOption = None,
     device: Device = "auto",
     backend: BackendOption = "auto",
     json: Json = False,
@@ -53,6 +54,7 @@ def command(
 
     from trilemma import laws, machine
     from trilemma.measure import cost, cost_report
+    from trilemma.models import cache_kind, cache_notes, hold_cache
     from trilemma.ops import backends
 
     sizes, rows_together = _numbers(contexts, "--contexts"), _numbers(batch, "--batch")
@@ -66,6 +68,10 @@ def command(
         raise ConfigError(f"--out: {out} is a file; name a folder")
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
+    if (kind := cache_kind(cache)) is not None:
+        hold_cache(model, kind)
+        for note in cache_notes(model.mixers()):
+            say(f"note: {note}")
     dtype = None if precision == "auto" else getattr(torch, precision)
     used = dtype or model.dtype
     path = laws.admit(model.mixers(), backend, device=place, dtype=used, say=say)

@@ -31,6 +31,16 @@ BackendOption = Annotated[
     str, typer.Option("--backend", help="who runs the operators: auto, plain (our own form) or fla (GPU)")
 ]
 
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache", help="int8: keys and values in 8 bits; default: as activations are", show_default=False),
+]
+
+
+def change(before: float, after: float) -> str:
+    """A score of two ways to run one model."""
+    return f"{before:.4f} -> {after:.4f} ({after - before:+.4f})"
+
 
 def print_json(value: Any) -> None:
     """One line of strict JSON on stdout: no NaN, keys in the given order. Not-a-number becomes null."""

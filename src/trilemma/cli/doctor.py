@@ -32,6 +32,7 @@ def command(
     import torch
 
     from trilemma import machine
+    from trilemma.nn import kernels
     from trilemma.ops import backends
 
     chosen, device_reason = machine.choose_device(device)
@@ -49,6 +50,7 @@ def command(
             "threads": {"value": machine.describe().threads, "reason": "torch's default; OMP_NUM_THREADS changes it"},
         },
         "backends": [choice._asdict() for choice in backends.choose("auto", pairs, device=chosen, dtype=kind, say=say)],
+        "weights_on_the_cpu": kernels.explained(),
         "environment": machine.environment(chosen, precision),
         "versions": {name: importlib.metadata.version(name) for name in REQUIRED},
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
@@ -81,6 +83,7 @@ def _text(report: dict[str, Any]) -> str:
         },
         "What `auto` will use": {name: f"{item['value']}: {item['reason']}" for name, item in chosen.items()},
         "Backends of operators": {item["operator"]: f"{item['runs']} ({item['why']})" for item in report["backends"]},
+        "Weights in use on the CPU": report["weights_on_the_cpu"],
         "Versions": {
             "trilemma": f"{report['environment']['trilemma']} (commit {report['environment']['commit'] or 'unknown'})",
             "python": report["environment"]["python"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from trilemma.cli.common import Average, Device, Json, With, print_json, say
+from trilemma.cli.common import Average, CacheOption, Device, Json, With, change, print_json, say
 from trilemma.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -32,15 +32,18 @@ def command(
     ensemble: With = None,
     average: Average = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    cache: CacheOption = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Signed scores: BLEU and chrF (sacrebleu), exact match, accuracy, perplexity per token, bits per byte.
 
     Scores of the run's own splits are kept in RUN: scores.json, and the outputs in outputs.SPLIT.txt; not those of an
-    ensemble, which is no single run, nor of another --dtype.
+    ensemble, which is no single run, nor of another --dtype or --cache. With --cache each score stands beside that
+    without.
     """
     from trilemma.cli.generate import decoding_settings
+    from trilemma.models import cache_kind
     from trilemma.predictor import load
 
     if split not in ("test", "valid"):
@@ -49,13 +52,25 @@ def command(
     files = [Path(argument) for argument in given if not argument.startswith("decoding.")]
     settings = decoding_settings([argument for argument in given if argument.startswith("decoding.")], None)
     wanted = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
-    predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
-    evaluation = predictor.evaluate(files, cast('Literal["valid", "test"]', split), metrics=wanted, **settings)
-    show_scores(evaluation, json)
-    if not files and not ensemble and dtype is None:
+    kind = cache_kind(cache)
+
+    def measured(held: Literal["int8"] | None) -> tuple[Predictor, Evaluation]:
+        predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average, cache=held)
+        part = cast('Literal["valid", "test"]', split)
+        return predictor, predictor.evaluate(files, part, metrics=wanted, **settings)
+
+    plain = measured(None)[1] if kind is not None else None
+    predictor, evaluation = measured(kind)
+    result = {"split": evaluation.split, "scores": evaluation.to_json(), "notes": evaluation.notes}
+    if plain is None:
+        show_scores(evaluation, json)
+    else:
+        _show_loss(predictor, plain, evaluation, json)
+        result |= {"path": predictor.path, "without_cache": plain.to_json()}
+    if not files and not ensemble and dtype is None and plain is None:
         keep_scores(predictor, evaluation)
     if json:
-        print_json({"split": evaluation.split, "scores": evaluation.to_json(), "notes": evaluation.notes})
+        print_json(result)
 
 
 def show_scores(evaluation: Evaluation, json: bool) -> None:
@@ -64,6 +79,18 @@ def show_scores(evaluation: Evaluation, json: bool) -> None:
         say(f"note: {note}")
     for score in evaluation.scores:
         (say if json else print)(f"{evaluation.split}\t{score}")
+
+
+def _show_loss(predictor: Predictor, plain: Evaluation, coded: Evaluation, json: bool) -> None:
+    """What keys and values in 8 bits cost, score by score."""
+    from trilemma.models import cache_notes
+
+    for note in [*coded.notes, *cache_notes(predictor.whole.mixers())]:
+        say(f"note: {note}")
+    for score in coded.scores:
+        words = change(plain[score.metric].value, score.value)
+        (say if json else print)(f"{coded.split}\t{score.metric}\t{words}")
+    say(f"path {predictor.path}")
 
 
 def keep_scores(predictor: Predictor, evaluation: Evaluation) -> None:

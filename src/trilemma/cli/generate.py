@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import Average, BackendOption, Device, Json, With, print_json, say
+from trilemma.cli.common import Average, BackendOption, CacheOption, Device, Json, With, print_json, say
 from trilemma.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def command(
         int | None, typer.Option("--window", min=1, help="lines decoded together; default 1024, 1 on a terminal")
     ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    cache: CacheOption = None,
     device: Device = "auto",
     backend: BackendOption = "auto",
     json: Json = False,
@@ -94,6 +95,7 @@ def command(
     window by window; a line break inside an output is written as a space.
     """
     from trilemma import laws
+    from trilemma.models import cache_kind, cache_notes
     from trilemma.predictor import DEFAULT_WINDOW, load
 
     if over_length not in ("error", "skip"):
@@ -103,8 +105,11 @@ def command(
     settings = decoding_settings(overrides or [], n_best)
     if alignments is not None:
         settings["alignments"] = alignments
-    predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average)
+    kind = cache_kind(cache)
+    predictor = load(run, device=device, dtype=dtype, ensemble=ensemble or (), average=average, cache=kind)
     several = predictor.decoding(**settings).n_best > 1 or n_best is not None  # names wrong keys before laws may run
+    for note in cache_notes(predictor.whole.mixers()) if kind is not None else ():
+        say(f"note: {note}")
     laws.admit(predictor.whole.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
     size = window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW)
     style = "jsonl" if jsonl else "n-best" if several else "scores" if scores else "text"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli.common import Json, print_json, say
+from trilemma.cli.common import Json, change, print_json, say
 from trilemma.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def command(
         for old in before.scores:
             new = after[old.metric]
             result["scores"].append({"before": old.to_json(), "after": new.to_json()})
-            (say if json else print)(f"{before.split}\t{old.metric}\t{_change(old.value, new.value)}")
+            (say if json else print)(f"{before.split}\t{old.metric}\t{change(old.value, new.value)}")
     if json:
         print_json(result)
 
@@ -57,7 +57,3 @@ def _evaluated(run: Path, files: list[Path]) -> Evaluation:
 
     say(f"measuring {run}")
     return load(run, device="cpu").evaluate(files, "valid")
-
-
-def _change(before: float, after: float) -> str:
-    return f"{before:.4f} -> {after:.4f} ({after - before:+.4f})"

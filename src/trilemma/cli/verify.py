@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trilemma.cli.common import Json, print_json, say
+from trilemma.cli.common import CacheOption, Json, print_json, say
 from trilemma.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def command(
     seed: Annotated[int | None, typer.Option("--seed", help="of all draws; default: a new one, printed")] = None,
     variant: Annotated[int | None, typer.Option("--variant", help="one variant of the mixer, by number")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda")] = "cpu",
+    cache: CacheOption = None,
     record: Annotated[bool, typer.Option("--record", help="write the law records that Trilemma ships")] = False,
     json: Json = False,
 ) -> None:
@@ -38,6 +39,7 @@ def command(
     """
     from trilemma import laws, machine, registry
     from trilemma.laws import oracles, records, registered
+    from trilemma.models import cache_kind
 
     device, _ = machine.choose_device(device)
     chosen = list(names or [])
@@ -48,21 +50,27 @@ def command(
         chosen = [name for name in known if registered.is_plugin(registry.mixer_class(name))]
     if not chosen:
         raise ConfigError("nothing to verify: name a mixer, or give --all or --plugin FILE")
-    if record and (law or variant is not None):
-        raise ConfigError("--record writes down all laws and variants; leave out --law and --variant")
+    if record and (law or variant is not None or cache is not None):
+        raise ConfigError("--record writes down all laws, variants and paths; leave out --law, --variant and --cache")
     seed = secrets.randbelow(2**31) if seed is None else seed
     say(f"seed {seed}, level {level}")
     found: dict[str, list[Report]] = {}
     prints = {name: {path: laws.fingerprint(name, path, device) for path in records.PATHS} for name in chosen}
+    kind = cache_kind(cache)
     for name in chosen:
         found[name] = laws.verify(
-            name, laws=law, level=level, seed=seed, variant=variant, device=device, progress=_progress
+            name, laws=law, level=level, seed=seed, variant=variant, device=device, cache=kind, progress=_progress
         )
     ok = all(report.ok for reports in found.values() for report in reports)
     if record and ok:
-        records.write_shipped(
-            {name: records.records_of(prints[name], reports, device) for name, reports in found.items()}
-        )
+        written = {name: records.records_of(prints[name], reports, device) for name, reports in found.items()}
+        for name in chosen:
+            for path in set(records.shipped_paths(name)) - set(records.PATHS):
+                say(f"{name} on the path {path}")
+                written[name][path] = laws.record(name, path, level=level, seed=seed, device=device, progress=_progress)
+        ok = all(each["ok"] for paths in written.values() for each in paths.values())
+    if record and ok:
+        records.write_shipped(written)
         say(f"records written to {records.SHIPPED}")
     shipped = oracles.shipped_oracles()
     agreements = {name: shipped.get(name, []) for name in found}

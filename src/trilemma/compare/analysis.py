@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from trilemma.compare import words
-from trilemma.compare.curves import curve_of, stability, validations
-from trilemma.compare.inference import InferenceCurve, crossovers, inference_of
+from trilemma.compare.curves import Judged, curve_of, judged_by, stability, validations
+from trilemma.compare.declared import unequal_models
+from trilemma.compare.inference import InferenceCurve, crossovers, inference_of, unequal_measurements
 from trilemma.compare.metrics import Metric, metric_named
-from trilemma.compare.records import Documents, Inequality, RunRecord, StudyRecord
+from trilemma.compare.records import Documents, Inequality, Role, RunRecord, StudyRecord
 from trilemma.compare.results import CandidateResult, Control, Corner, Quality, Report, SideBySide, SweepPoint, Training
-from trilemma.compare.statistics import Sample, compare_all, compare_pair, interval, resample
+from trilemma.compare.statistics import Sample, compare_all, compare_pair, interval, replicates_for, resample
 from trilemma.config import MixerSpec, ModelConfig, StudyConfig
 from trilemma.errors import CheckpointError
 
@@ -38,17 +40,17 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
     wanted = study.reference or study.candidates[0].name
     reference = wanted if wanted in names else names[0]
     metric = _metric(groups)
-    samples = _resampled(groups, metric)
-    lock = study.budget.lock
-    rows = {name: _row(name, runs, samples[name], metric, lock, price) for name, runs in groups.items()}
-    context = _largest_shared_context(list(rows.values()))
-    rows = {name: _with_corners(row, rows[reference], metric, context) for name, row in rows.items()}
+    samples = _resampled(groups, metric, names)
+    judged = judged_by([run for name in names for run in groups[name]], metric.name)
+    own = {name: _row(name, runs, samples[name], metric, study.budget.lock, judged) for name, runs in groups.items()}
+    context = _largest_shared_context(list(own.values()))
+    rows = {name: _compared(row, own[reference], metric, context, price) for name, row in own.items()}
     candidates = [rows[name] for name in names]
     controls = [row for row in rows.values() if row.role != "candidate"]
     pairs = compare_all(samples, names)
-    outcomes = [_outcome(row, reference, samples, metric) for row in controls]
+    outcomes = _outcomes(record, groups, samples, metric)
     withheld = words.withheld(outcomes)
-    scale = words.scale(candidates, lock, study.budget.amount)
+    scale = words.scale(candidates, study.budget.lock, study.budget.amount)
     first = _documents(groups[names[0]][0])
     return Report(
         name=study.name,
@@ -58,24 +60,30 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
         split=first.split,
         documents=len(first.statistics),
         budget=study.budget.model_dump(),
+        context=context,
         candidates=candidates,
         controls=controls,
         outcomes=outcomes,
         pairs=pairs,
         verdicts=[] if withheld else words.verdicts(pairs, rows, metric, scale),
         withheld=withheld,
-        stability=stability([row.curve for row in candidates]),
+        judged=judged,
+        stability=stability([row.curve for row in candidates], judged),
         crossovers=crossovers([row.inference for row in candidates if row.inference], reference),
         criterion=words.criterion(study.base.data.task),
         sweep=_sweep(record, candidates),
         sweep_notes=record.plan.sweep_notes,
         samples=_side_by_side(names, groups),
-        inequalities=[*record.plan.inequalities, *_found_inequalities(record, groups)],
+        inequalities=[
+            *record.plan.inequalities,
+            *unequal_models(record.study, groups, reference),
+            *_found_inequalities(record, groups),
+        ],
         limits=words.limits(study, candidates, record.missing),
         missing=record.missing,
         data_hash=" / ".join(_distinct(record.runs, "data_hash")),
         order_hashes=_order_hashes(groups),
-        environment=_environment(record.runs),
+        environment=environment(record.runs),
         command=record.plan.command,
         price_per_hour=price,
     )
@@ -103,16 +111,18 @@ def _metric(groups: Mapping[str, Sequence[RunRecord]]) -> Metric:
     return metric_named(found.pop()[0])
 
 
-def _resampled(groups: Mapping[str, Sequence[RunRecord]], metric: Metric) -> dict[str, Sample]:
-    return resample({name: [_documents(run).statistics for run in runs] for name, runs in groups.items()}, metric)
+def _resampled(groups: Mapping[str, Sequence[RunRecord]], metric: Metric, names: Sequence[str]) -> dict[str, Sample]:
+    """Bootstrap samples of all candidates and controls, with draws enough for every pair of `names`."""
+    documents = {name: [_documents(run).statistics for run in runs] for name, runs in groups.items()}
+    size = len(documents[names[0]][0])
+    return resample(documents, metric, replicates_for([len(groups[name]) for name in names], size))
 
 
 def _row(
-    name: str, runs: list[RunRecord], sample: Sample, metric: Metric, lock: str, price: float | None
+    name: str, runs: list[RunRecord], sample: Sample, metric: Metric, lock: str, judged: Judged
 ) -> CandidateResult:
+    """All of a row but for what depends on the other rows: corners and price."""
     model = runs[0].config.model
-    training = _training(runs)
-    inference = inference_of(name, runs)
     seeds = [run.planned.seed for run in runs]
     values = [(seed, float(value)) for seed, value in zip(seeds, sample.values, strict=True)]
     return CandidateResult(
@@ -122,11 +132,11 @@ def _row(
         layout=model.layout,
         parameters={key: int(count) for key, count in runs[0].summary["parameters"].items()},
         quality=Quality(_documents(runs[0]).signature, interval(sample, metric), values),
-        training=training,
-        inference=inference,
-        curve=curve_of(name, runs, lock),
+        training=_training(runs),
+        inference=inference_of(name, runs),
+        curve=curve_of(name, runs, lock, judged),
         corners={},
-        price=_price(training, inference, price),
+        price={},
         runs=[run.planned.name for run in runs],
     )
 
@@ -170,25 +180,28 @@ def _training(runs: Sequence[RunRecord]) -> Training:
     )
 
 
-def _price(training: Training, inference: InferenceCurve | None, per_hour: float | None) -> dict[str, float]:
-    if per_hour is None:
-        return {}
+def _price(
+    training: Training, inference: InferenceCurve | None, per_hour: float, context: int | None
+) -> dict[str, float]:
+    """Money to train once and, where `context` was measured, for a million tokens after so many."""
     price = {"train": training.seconds / 3600.0 * per_hour}
-    if inference and inference.ms_per_token:
-        hours = inference.ms_per_token[max(inference.ms_per_token)] * 1e6 / 1000.0 / 3600.0
+    if inference is not None and context is not None:
+        hours = inference.ms_per_token[context] * 1e6 / 1000.0 / 3600.0
         price["per_million_tokens"] = hours * per_hour
     return price
 
 
 def _largest_shared_context(rows: Sequence[CandidateResult]) -> int | None:
-    measured = [set(row.inference.ms_per_token) for row in rows if row.inference]
+    """The longest context measured for all that were measured at all: costs are compared there and nowhere else."""
+    measured = [set(row.inference.ms_per_token) for row in rows if row.inference is not None]
     shared = set.intersection(*measured) if measured else set()
     return max(shared) if shared else None
 
 
-def _with_corners(
-    row: CandidateResult, reference: CandidateResult, metric: Metric, context: int | None
+def _compared(
+    row: CandidateResult, reference: CandidateResult, metric: Metric, context: int | None, per_hour: float | None
 ) -> CandidateResult:
+    """The row with its corners against the reference, and its price."""
     own, base = row.quality.interval.mean, reference.quality.interval.mean
     sign = 1.0 if metric.higher_is_better else -1.0
     corners = {
@@ -201,7 +214,8 @@ def _with_corners(
     if context is not None and row.inference and reference.inference:
         cost = row.inference.ms_per_token[context]
         corners["inference"] = Corner(cost, -log2_ratio(cost, reference.inference.ms_per_token[context]))
-    return dataclasses.replace(row, corners=corners)
+    price = {} if per_hour is None else _price(row.training, row.inference, per_hour, context)
+    return dataclasses.replace(row, corners=corners, price=price)
 
 
 def log2_ratio(own: float, base: float) -> float:
@@ -209,10 +223,31 @@ def log2_ratio(own: float, base: float) -> float:
     return math.log2(own / base) if own > 0 and base > 0 else math.nan
 
 
-def _outcome(row: CandidateResult, reference: str, samples: Mapping[str, Sample], metric: Metric) -> Control:
-    test = compare_pair(samples, reference, row.name)
-    passed, text = words.control(row.name, row.role, test, metric)
-    return Control(row.name, passed, text, test)
+def _outcomes(
+    record: StudyRecord, groups: Mapping[str, Sequence[RunRecord]], samples: Mapping[str, Sample], metric: Metric
+) -> list[Control]:
+    """The outcome of every control that was asked for, or of which there are runs; one that has none is undecided."""
+    study = record.study
+    controls = study.controls
+    asked: dict[Role, bool] = {"same-twice": controls.same_twice, "known-gap": controls.known_gap is not None}
+    planned = [run.planned for run in record.runs] + record.missing
+    reference = study.reference or study.candidates[0].name
+    own = next(candidate.seeds for candidate in study.candidates if candidate.name == reference) or study.seeds
+    outcomes = []
+    for role, wanted in asked.items():
+        runs = [run for run in planned if run.role == role and run.stage == "final"]
+        if not wanted and not runs:
+            continue
+        name = runs[0].candidate if runs else role
+        finished = len(groups.get(name, ()))
+        needed = max(len(runs), len(own) if wanted else 0)
+        if finished < needed:
+            outcomes.append(Control(name, None, words.unfinished(role, finished, needed)))
+        elif reference not in groups:
+            outcomes.append(Control(name, None, words.without_reference(role, reference)))
+        else:
+            outcomes.append(Control(name, *words.control(name, role, compare_pair(samples, reference, name), metric)))
+    return outcomes
 
 
 def _sweep(record: StudyRecord, candidates: Sequence[CandidateResult]) -> list[SweepPoint]:
@@ -263,13 +298,20 @@ def _order_hashes(groups: Mapping[str, Sequence[RunRecord]]) -> dict[int, str]:
     return {seed: " / ".join(dict.fromkeys(found)) for seed, found in sorted(hashes.items())}
 
 
-def _environment(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Every key of the runs' environments; values that differ between runs are all named."""
-    found: dict[str, list[str]] = {}
+def _environments(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Every key of the runs' environments with its distinct values, as JSON has them."""
+    found: dict[str, list[Any]] = {}
     for run in runs:
         for key, value in run.summary.get("environment", {}).items():
-            found.setdefault(str(key), []).append(str(value))
-    return {key: " / ".join(dict.fromkeys(values)) for key, values in found.items()}
+            values = found.setdefault(str(key), [])
+            if all(repr(value) != repr(other) for other in values):  # True is not 1
+                values.append(value)
+    return found
+
+
+def environment(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Every key of the runs' environments: its value or, where runs differ, the list of all values."""
+    return {key: values[0] if len(values) == 1 else values for key, values in _environments(runs).items()}
 
 
 def _unequal_seeds(study: StudyConfig, groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
@@ -297,9 +339,10 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
     for seed, hashes in _order_hashes(groups).items():
         if " / " in hashes:
             found.append(Inequality("all", f"seed {seed}: candidates did not see the examples in the same order"))
-    for key, value in _environment(record.runs).items():
-        if " / " in value:
-            found.append(Inequality("all", f"environment: {key} differs between runs: {value}"))
+    for key, values in _environments(record.runs).items():
+        if len(values) > 1:
+            text = f"environment: {key} differs between runs: {words.setting(values)}"
+            found.append(Inequality("all", text))
     signatures = dict.fromkeys(_documents(run).signature for runs in groups.values() for run in runs)
     if len(signatures) > 1:
         found.append(Inequality("all", f"metric signatures differ: {' / '.join(signatures)}"))
@@ -307,6 +350,8 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
     for name, runs in groups.items():
         for context, reason in {c: why for run in runs for c, why in run.inference.unmeasured.items()}.items():
             found.append(Inequality(name, f"inference at {context:,} tokens was not measured: {reason}"))
+    found += unequal_measurements(groups)
+    found += [Inequality(failure.planned.candidate, failure.text) for failure in record.failures]
     lock = record.study.budget.lock
     for name, runs in groups.items():
         whole = [run for run in runs if run.summary.get("ended_by") != "target_accuracy"]

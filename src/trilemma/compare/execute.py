@@ -7,6 +7,7 @@ command goes on from any point.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
@@ -15,12 +16,13 @@ from pathlib import Path
 
 from trilemma.compare.expand import Choice, Expansion, Job, choose_rate, expand, final_jobs, rate_jobs, sweep_jobs
 from trilemma.compare.matching import skeleton
-from trilemma.compare.measuring import measure_run, measured_inference, metric_of, score_run
+from trilemma.compare.measuring import measure_run, metric_of, score_run
 from trilemma.compare.records import Inequality, Plan, PlannedRun, StudyDirectory, flatten
 from trilemma.compare.training import in_parallel, train_in_process
 from trilemma.config import StudyConfig
 from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError, TrainingError
+from trilemma.laws.records import require
 from trilemma.ops import backends
 from trilemma.runs import RunDirectory, files
 from trilemma.runs.lock import RunLock
@@ -83,9 +85,10 @@ def run_study(
     Raises:
         ConfigError: the study cannot be run, or `out` holds another one.
         RunInUseError: another process runs it.
-        TrainingError: a full-budget run failed. Interrupted: a signal came; the same command goes on.
+        Interrupted: a signal came; the same command goes on.
     """
     directory = StudyDirectory(out)
+    check_folder(directory.path)
     files.make_folder(directory.path)
     lock = RunLock(directory.path)
     lock.acquire()
@@ -108,15 +111,13 @@ class _Execution:
         progress: Progress | None,
         inference: bool,
     ) -> None:
-        if study.workers > 1 and study.budget.lock == "seconds":
-            raise ConfigError("workers: runs that share the machine cannot be given a budget of seconds; set workers=1")
         self.directory, self.command, self.say, self.inference = directory, command, say, inference
         self.train = train or functools.partial(train_in_process, share=study.workers)
         self.only, self.progress, self.alone = only, progress or Progress(), progress is None
         self.metric = metric_of(study)
-        self.study = _decided(study)
-        self.dataset, _ = prepare(self.study.base)
-        self.expansion = _equal_compile(expand(self.study, self.dataset), self.dataset)
+        self.study, self.dataset, expansion = prepared(study)
+        _require_laws(expansion, self.dataset, self.study.base.training.device, say)
+        self.expansion = _equal_compile(expansion, self.dataset)
         self.inequalities = list(self.expansion.inequalities)
         self.notes: dict[str, str] = {}
         self.jobs: dict[str, Job] = {}  # by run name; a sweep's run that is also a final one is kept as final
@@ -132,9 +133,10 @@ class _Execution:
         finals = self._wanted(final_jobs(self.expansion, self.study, chosen))
         self._plan(finals)
         for item, error in self._trained(finals):
-            if error is not None:
-                raise error
-            self._score(item)
+            if error is None:
+                self._score(item)
+            else:
+                self._pass_over(error)
         if self.inference:
             self._measure(finals)
         self.before = {}
@@ -146,7 +148,7 @@ class _Execution:
     # --- the sweep ---
 
     def _sweep(self) -> dict[str, float]:
-        """The learning rate of each candidate."""
+        """The learning rate of each candidate that has one."""
         rates = {
             variant.name: variant.config.training.learning_rate
             for variant in self.expansion.variants
@@ -157,10 +159,23 @@ class _Execution:
         jobs = self._wanted(sweep_jobs(self.expansion, self.study, self.dataset))
         self._plan(jobs)
         losses = self._sweep_losses(jobs)
-        return rates | {name: self._chosen(name, found).learning_rate for name, found in losses.items()}
+        for name, found in losses.items():
+            choice = self._chosen(name, found)
+            if choice is None:
+                del rates[name]
+            else:
+                rates[name] = choice.learning_rate
+        return rates
 
-    def _chosen(self, name: str, losses: dict[float, float]) -> Choice:
-        """Chooses; widens the grid by one where the optimum is at its edge."""
+    def _chosen(self, name: str, losses: dict[float, float]) -> Choice | None:
+        """Chooses; widens the grid by one where the optimum is at its edge. None where no rate can be survived."""
+        if all(math.isnan(loss) for loss in losses.values()):
+            rates = ", ".join(f"{rate:g}" for rate in sorted(losses))
+            text = f"training failed at every learning rate of the sweep ({rates}); not counted"
+            self.inequalities.append(Inequality(name, text))
+            self.notes[name] = text
+            self.say(f"{name}: {text}")
+            return None
         choice = choose_rate(losses, self.study.widen)
         if choice.widen is not None:
             variant = next(variant for variant in self.expansion.variants if variant.name == name)
@@ -177,10 +192,8 @@ class _Execution:
         number where a run failed, since a learning rate may be too high to survive."""
         found: dict[str, dict[float, list[float]]] = {}
         for item, error in self._trained(jobs):
-            if isinstance(error, TrainingError):
-                self.say(f"{error}. The sweep goes on without it")
-            elif error is not None:
-                raise error
+            if error is not None:
+                self._pass_over(error)
             planned = item.planned
             rates = found.setdefault(planned.candidate, {})
             rates.setdefault(planned.learning_rate, []).append(float("nan") if error else self._sweep_loss(item))
@@ -192,63 +205,110 @@ class _Execution:
         summary = RunDirectory.open(self.directory.run_path(item.planned.name)).read_summary()
         accuracy, loss = summary.get("best_valid_accuracy"), summary["best_valid_loss"]
         if loss is None:
-            raise ConfigError("learning_rates: a sweep needs validation data to choose by; set data.valid in base")
+            return math.nan
         return float(loss) if accuracy is None else 1.0 - float(accuracy)
 
     # --- runs ---
 
     def _trained(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Exception | None]]:
-        """Trains those that have not been, `workers` at a time; every one is given back as it ends, with its error."""
+        """Trains those that have not been, `workers` at a time; every one is given back as it ends, with its error.
+
+        One that failed in an earlier call is not tried again: it would fail in the same step.
+        """
         fresh = []
         for item in jobs:
             self.directory.claim_config(item.planned.name, item.config)
             if self.directory.finished(item.planned.name):
                 yield item, None
+            elif (failure := self.directory.read_failure(item.planned.name)) is not None:
+                yield item, failure
             else:
                 fresh.append(item)
         with closing(in_parallel([functools.partial(self._train, item) for item in fresh], self.study.workers)) as ends:
             for at, error in ends:
+                if isinstance(error, TrainingError):
+                    self.directory.write_failure(fresh[at].planned.name, error)
                 yield fresh[at], error
+
+    def _pass_over(self, error: Exception) -> None:
+        """Goes on without a run whose loss is not a number; raises every other error."""
+        if not isinstance(error, TrainingError):
+            raise error
+        self.say(f"{error}. The study goes on without this run")
 
     def _train(self, item: Job) -> None:
         progress, name = self.progress, item.planned.name
         self.say(progress.line(item, self.study.workers))
         started = time.monotonic()
-        self.train(self.directory.config_path(name), self.directory.run_path(name))
+        try:
+            self.train(self.directory.config_path(name), self.directory.run_path(name))
+        finally:
+            progress.done += 1
         progress.seconds.append(time.monotonic() - started)
-        progress.done += 1
 
     def _score(self, item: Job) -> None:
         name = item.planned.name
-        if self.directory.read_documents(name) is None:
-            documents = score_run(self.directory.run_path(name), self.metric, self.study.samples)
+        kept = self.directory.read_documents(name)
+        if kept is None or not kept.shows(self.study.samples):
+            documents = score_run(self.directory.run_path(name), self.metric, self.study.samples, self.say)
             self.directory.write_documents(name, documents)
 
     def _measure(self, finals: Sequence[Job]) -> None:
-        """Inference cost of each candidate, all in one stretch, on its first run."""
+        """Inference cost of each candidate, all in one stretch, on its first run that finished."""
         seen = set()
         for item in finals:
             planned = item.planned
-            if planned.role != "candidate" or planned.candidate in seen:
+            if planned.role != "candidate" or planned.candidate in seen or not self.directory.finished(planned.name):
                 continue
             seen.add(planned.candidate)
             kept = self.directory.read_inference(planned.name)
-            if not set(self.study.contexts) <= kept.contexts:
+            contexts, batch_sizes = self.study.contexts, self.study.batch_sizes
+            if not kept.covers(contexts, batch_sizes):
                 self.say(f"measuring inference: {planned.candidate}")
-                rows = measure_run(self.directory.run_path(planned.name), self.study.contexts, self.study.batch_sizes)
-                self.directory.write_inference(planned.name, measured_inference(rows))
+                measured = measure_run(self.directory.run_path(planned.name), contexts, batch_sizes, self.say)
+                self.directory.write_inference(planned.name, measured)
 
     def _plan(self, jobs: Sequence[Job]) -> None:
         """Adds runs to the plan and keeps it. What an earlier call found stands until this one is through."""
         self.jobs.update({item.planned.name: item for item in jobs})
         if self.alone:
             self.progress.total = len(self.jobs)
-            self.progress.done = sum(self.directory.finished(name) for name in self.jobs)
+            self.progress.done = sum(self.directory.ended(name) for name in self.jobs)
         runs = {name: item.planned for name, item in self.jobs.items()}
         runs |= {name: run for name, run in self.before.items() if name not in runs or run.stage == "final"}
         self.directory.write_plan(
             Plan(list(runs.values()), self.inequalities, self.notes, self.command, self.study.contexts)
         )
+
+
+def prepared(study: StudyConfig) -> tuple[StudyConfig, Dataset, Expansion]:
+    """The study with its automatic choices made, its data, and what it expands to: all that is known before training.
+
+    Raises:
+        ConfigError: the study cannot be run. DataError: its data cannot be read.
+    """
+    if study.workers > 1 and study.budget.lock == "seconds":
+        raise ConfigError("workers: runs that share the machine cannot be given a budget of seconds; set workers=1")
+    study = _decided(study)
+    dataset, _ = prepare(study.base)
+    _check_splits(study, dataset)
+    return study, dataset, expand(study, dataset)
+
+
+def _check_splits(study: StudyConfig, dataset: Dataset) -> None:
+    """Raises `ConfigError` where nothing could be compared, or chosen by, once all runs are trained."""
+    if study.learning_rates and not dataset.sizes.get("valid"):
+        raise ConfigError(
+            "learning_rates: a sweep needs validation data to choose by; set data.valid or data.split in base"
+        )
+    if not dataset.sizes.get("test") and not dataset.sizes.get("valid"):
+        raise ConfigError("a comparison needs test or validation data: set data.test or data.split in base")
+
+
+def check_folder(out: Path) -> None:
+    """Raises `ConfigError` where a run lies in the study's folder: the two would be mixed up."""
+    if RunDirectory(out).exists():
+        raise ConfigError(f"{out}: holds a run, not a study; choose another --out")
 
 
 def _decided(study: StudyConfig) -> StudyConfig:
@@ -269,6 +329,29 @@ def _equal_compile(expansion: Expansion, dataset: Dataset) -> Expansion:
     backends.reset()  # each run chooses its own
     common = "on" if set(decided.values()) == {"on"} else "off"
     return expansion.with_training(compile=common)
+
+
+def _require_laws(expansion: Expansion, dataset: Dataset, device: str, say: Say) -> None:
+    """Raises `LawError` before a run is trained that could be neither scored nor measured after it."""
+    models = [skeleton(dataset.resolved(variant.config).model) for variant in expansion.variants]
+    require([mixer for model in models for mixer in model.mixers()], device=device, say=say)
+
+
+def failed(directory: StudyDirectory) -> list[str]:
+    """What of a study that was run to its end could not be trained: a line for each run, or candidate."""
+    plan = directory.read_plan()
+    lines = [f"{failure.planned.candidate}, {failure.text}" for failure in directory.failures(plan)]
+    counted = {run.candidate for run in plan.runs if run.stage == "final"}
+    swept = dict.fromkeys(run.candidate for run in plan.runs)
+    return lines + [f"{name}: {plan.sweep_notes.get(name, 'not trained')}" for name in swept if name not in counted]
+
+
+def check_shown_study(kept: StudyConfig, study: StudyConfig, out: Path) -> None:
+    """As `check_same_study`, of a study that is not run now: what it leaves to be decided was decided when it was."""
+    old, new = kept.base.training, study.base.training
+    decided = {key: getattr(old, key) for key in ("device", "precision") if getattr(new, key) == "auto"}
+    base = study.base.model_copy(update={"training": new.model_copy(update=decided)})
+    check_same_study(kept, study.model_copy(update={"base": base}), out)
 
 
 def check_same_study(kept: StudyConfig, study: StudyConfig, out: Path) -> None:

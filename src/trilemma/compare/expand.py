@@ -24,6 +24,7 @@ _SHARED = (
     "training.validate_every", "training.log_every", "training.keep_checkpoints", "training.target_accuracy",
     "training.backend", "training.quality",
 )  # fmt: skip
+_HANDICAP = "{model.positions: none}"
 _VALIDATIONS = 12  # of a run, where the base does not say: a quarter and half of the budget are among them
 _COUNTED_BATCHES = 500  # micro-batches whose FLOPs are counted exactly; the rest follows from their mean
 
@@ -85,6 +86,7 @@ def expand(study: StudyConfig, dataset: Dataset | None = None) -> Expansion:
         for candidate in study.candidates
     ]
     variants += _controls(study, reference, configs[reference])
+    _check_reserved(variants)
     budgeted = []
     for variant in variants:
         config, text = _budgeted(variant.config, study, dataset, 1.0)
@@ -103,17 +105,25 @@ def _check_names(study: StudyConfig) -> None:
             raise ConfigError(f'candidates: two are called "{name}"')
     if study.reference is not None and study.reference not in names:
         raise ConfigError(f'reference: no candidate is called "{study.reference}"{nearest(study.reference, names)}')
-    if len(set(study.seeds)) != len(study.seeds):
-        raise ConfigError(f"seeds: each may be given once, found {study.seeds}")
+    for candidate in study.candidates if study.learning_rates else ():
+        seeds = candidate.seeds or study.seeds
+        if study.sweep_seeds > len(seeds):
+            raise ConfigError(
+                f'sweep_seeds: {study.sweep_seeds} are asked for, candidate "{candidate.name}" has the seeds {seeds}; '
+                "lower sweep_seeds or add seeds"
+            )
+
+
+def _check_reserved(variants: Sequence[Variant]) -> None:
+    names = [variant.name for variant in variants if variant.role == "candidate"]
+    for variant in variants:
+        if variant.role != "candidate" and variant.name in names:
+            raise ConfigError(f'candidates: "{variant.name}" is the name of a control; choose another')
 
 
 def _overridden(study: StudyConfig, candidate: Candidate) -> RunConfig:
+    _check_shared(candidate.overrides, f'candidate "{candidate.name}"')
     for key in flatten(candidate.overrides):
-        shared = next((name for name in _SHARED if key == name or key.startswith(f"{name}.")), None)
-        if shared is not None:
-            raise ConfigError(
-                f'candidate "{candidate.name}": {key} must be the same for all candidates; set it in base instead'
-            )
         if key == "training.learning_rate" and study.learning_rates:
             raise ConfigError(
                 f'candidate "{candidate.name}": {key} is chosen by the sweep (learning_rates); take one of them away'
@@ -121,6 +131,12 @@ def _overridden(study: StudyConfig, candidate: Candidate) -> RunConfig:
     values = merge(study.base.model_dump(mode="json"), candidate.overrides)
     values["name"] = candidate.name
     return parse(RunConfig, values, f'candidate "{candidate.name}"')
+
+
+def _check_shared(overrides: Mapping[str, Any], where: str) -> None:
+    for key in flatten(overrides):
+        if any(key == name or key.startswith(f"{name}.") for name in _SHARED):
+            raise ConfigError(f"{where}: {key} must be the same for all candidates; set it in base instead")
 
 
 def _declared(study: StudyConfig, candidate: Candidate) -> list[Inequality]:
@@ -167,20 +183,42 @@ def _layers(model: ModelConfig) -> str:
     return f"{model.encoder_layers or model.num_layers} + {model.num_layers} layers"
 
 
+def again(reference: str) -> str:
+    """The name of the A/A control."""
+    return f"{reference} (again)"
+
+
+def handicapped(reference: str) -> str:
+    """The name of the known-gap control."""
+    return f"{reference} (handicapped)"
+
+
 def _controls(study: StudyConfig, reference: str, config: RunConfig) -> list[Variant]:
     controls = []
     used = {seed for candidate in study.candidates for seed in candidate.seeds or study.seeds}
     own = next(candidate.seeds for candidate in study.candidates if candidate.name == reference) or study.seeds
     if study.controls.same_twice:
         first = max(used) + 1
-        name = f"{reference} (again)"
+        name = again(reference)
         controls.append(Variant(name, "same-twice", _renamed(config, name), list(range(first, first + len(own)))))
     if study.controls.known_gap is not None:
-        name = f"{reference} (handicapped)"
-        values = merge(config.model_dump(mode="json"), study.controls.known_gap)
-        values["name"] = name
-        controls.append(Variant(name, "known-gap", parse(RunConfig, values, "controls.known_gap"), list(own)))
+        name = handicapped(reference)
+        controls.append(Variant(name, "known-gap", _handicapped(study.controls.known_gap, config, name), list(own)))
     return controls
+
+
+def _handicapped(overrides: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
+    where = "controls.known_gap"
+    _check_shared(overrides, where)
+    if "training.learning_rate" in flatten(overrides):
+        raise ConfigError(f"{where}: training.learning_rate is the reference's; name another key, such as {_HANDICAP}")
+    values = merge(config.model_dump(mode="json"), overrides)
+    changed = parse(RunConfig, {**values, "name": config.name}, where)
+    if changed == config:
+        raise ConfigError(
+            f"{where}: changes nothing of the reference; name what must make it worse, such as {_HANDICAP}"
+        )
+    return _renamed(changed, name)
 
 
 def _renamed(config: RunConfig, name: str) -> RunConfig:
@@ -258,17 +296,33 @@ def job(
         config, _ = _budgeted(config, study, dataset, study.sweep_share)
     training = config.training.model_copy(update={"learning_rate": learning_rate})
     config = config.model_copy(update={"seed": seed, "training": training})
-    name = run_name(variant.name, [candidate.name for candidate in study.candidates], learning_rate, seed, short)
+    name = run_name(variant.name, variant_names(study), learning_rate, seed, short)
     return Job(PlannedRun(name, variant.name, variant.role, stage, learning_rate, seed), config)
 
 
 def run_name(candidate: str, names: Sequence[str], learning_rate: float, seed: int, short: bool) -> str:
-    """A directory name: plain characters only, one for each candidate even where their slugs are alike."""
-    own = slug(candidate)
-    alike = [name for name in names if slug(name) == own]
-    if candidate in alike and alike.index(candidate) > 0:
-        own = f"{own}-{alike.index(candidate) + 1}"
-    return f"{own}-lr{learning_rate:g}-seed{seed}{'-sweep' if short else ''}"
+    """A directory name: plain characters only, one for each of `names` even where their slugs are alike."""
+    return f"{_folders(names)[candidate]}-lr{learning_rate:g}-seed{seed}{'-sweep' if short else ''}"
+
+
+def _folders(names: Sequence[str]) -> dict[str, str]:
+    """For each name its slug, with a number behind it where an earlier name has it."""
+    found: dict[str, str] = {}
+    for name in names:
+        own, at = slug(name), 1
+        while own in found.values():
+            at += 1
+            own = f"{slug(name)}-{at}"
+        found[name] = own
+    return found
+
+
+def variant_names(study: StudyConfig) -> list[str]:
+    """Names of all candidates and of the controls that are asked for, in this order."""
+    reference = study.reference or study.candidates[0].name
+    controls = [again(reference)] if study.controls.same_twice else []
+    controls += [handicapped(reference)] if study.controls.known_gap is not None else []
+    return [*(candidate.name for candidate in study.candidates), *controls]
 
 
 def slug(name: str) -> str:
@@ -300,13 +354,15 @@ def final_jobs(expansion: Expansion, study: StudyConfig, chosen: Mapping[str, fl
     """Full-budget runs: seed by seed, so that a study stopped early has compared all candidates on the first seeds.
 
     Args:
-        chosen: learning rate of each candidate; a control takes the reference's.
+        chosen: learning rate of each candidate; a control takes the reference's. One without a rate is left out.
     """
     jobs = []
     for at in range(max(len(variant.seeds) for variant in expansion.variants)):
         for variant in expansion.variants:
             if at < len(variant.seeds):
                 source = variant.name if variant.role == "candidate" else expansion.reference
+                if source not in chosen:
+                    continue
                 jobs.append(job(variant, study, chosen[source], variant.seeds[at], "final"))
     return jobs
 

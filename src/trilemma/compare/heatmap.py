@@ -20,6 +20,7 @@ from trilemma.compare.plots import image, style
 from trilemma.compare.records import write_bytes, write_json, write_text
 from trilemma.compare.report import markdown_text
 from trilemma.compare.tables import Table, duration, size, text_table
+from trilemma.compare.words import setting
 
 MATRIX_VERSION = 1
 _MARKS = {"solves": "✓", "fails": "✗", "depends": "d"}
@@ -234,7 +235,7 @@ def as_markdown(matrix: Matrix) -> str:
         "has a report of its own under `tasks/`.",
         "",
         f"Made by `{matrix.command}`; a run of every cell takes {duration(seconds)} in all. "
-        + markdown_text("; ".join(f"{key}: {value}" for key, value in matrix.environment.items())),
+        + markdown_text("; ".join(f"{key}: {setting(value)}" for key, value in matrix.environment.items())),
         "",
     ]
     return "\n".join(lines)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trilemma.compare.records import RunRecord
+from trilemma.compare.records import Inequality, RunRecord
+
+_PLACE = ("cpu", "gpu", "device", "threads", "torch", "trilemma")  # of an environment: what a cost depends on
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,29 @@ def inference_of(name: str, runs: Sequence[RunRecord]) -> InferenceCurve | None:
                 batched,
             )
     return None
+
+
+def unequal_measurements(groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
+    """Costs that were measured elsewhere than their run was trained, or not all in the same place and stretch."""
+    measured = {name: next((run for run in runs if run.inference.path), None) for name, runs in groups.items()}
+    known = {name: run for name, run in measured.items() if run is not None}
+    found = []
+    for name, run in known.items():
+        trained = run.summary.get("environment", {})
+        for key in _PLACE:
+            own = run.inference.environment.get(key)
+            if key in trained and trained[key] != own:
+                text = f"inference cost was measured with {key} {own}, training with {trained[key]}"
+                found.append(Inequality(name, text))
+    for key in ("path", *_PLACE):
+        values = [run.inference.path if key == "path" else run.inference.environment.get(key) for run in known.values()]
+        if len(distinct := dict.fromkeys(map(str, values))) > 1:
+            text = f"inference cost: {key} differs between candidates: {' / '.join(distinct)}"
+            found.append(Inequality("all", text))
+    days = sorted({run.inference.measured[:10] for run in known.values()})
+    if len(days) > 1:
+        found.append(Inequality("all", f"inference cost was measured on different days: {', '.join(days)}"))
+    return found
 
 
 def crossovers(curves: Sequence[InferenceCurve], reference: str) -> list[Crossover]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trilemma.compare.analysis import analyse
+from trilemma.compare.analysis import analyse, environment
 from trilemma.compare.expand import slug
 from trilemma.compare.matching import skeleton
 from trilemma.compare.records import StudyDirectory, StudyRecord
@@ -97,7 +97,7 @@ class Matrix:
     seeds: list[int]
     learning_rates: list[float]
     missing: int  # planned runs that have not finished
-    environment: dict[str, str]
+    environment: dict[str, Any]  # JSON values; a list of values where runs differ
     command: str
 
     def cell(self, task: str, candidate: str) -> Cell:
@@ -115,26 +115,23 @@ def read_matrix(out: Path) -> Matrix:
     study = StudyDirectory(out).read_study()
     if not study.tasks:
         raise CheckpointError(f"{out}: this study has no tasks: there is no matrix")
-    columns, reports, missing = [], [], 0
+    columns, reports, records = [], [], []
     for task in study.tasks:
         directory = StudyDirectory(out / "tasks" / slug(task.name))
         record = directory.read() if (directory.path / "plan.json").is_file() else None
         report = _report(record)
         columns.append(_column(study, task, record, report))
         reports += [report] if report else []
-        missing += len(record.missing) if record else 0
-    environment: dict[str, list[str]] = {}
-    for report in reports:
-        for key, value in report.environment.items():
-            environment.setdefault(key, []).append(value)
+        records += [record] if record else []
+    runs = [run for record in records for run in record.runs]
     return Matrix(
         name=study.name,
         candidates=[candidate.name for candidate in study.candidates],
         columns=columns,
         seeds=study.seeds,
         learning_rates=sorted(study.learning_rates),
-        missing=missing,
-        environment={key: " / ".join(dict.fromkeys(values)) for key, values in environment.items()},
+        missing=sum(len(record.missing) for record in records),
+        environment=environment(runs),
         command=reports[0].command if reports else "",
     )
 

@@ -45,7 +45,7 @@ def all_plots(report: Report) -> list[Plot]:
         (
             "curves",
             "Quality against cost",
-            "Validation loss against tokens, FLOPs and seconds; bands are the range over seeds.",
+            f"{report.judged.heading}, against tokens, FLOPs and seconds; bands are the range over seeds.",
             draw_curves,
         ),
         (
@@ -54,7 +54,12 @@ def all_plots(report: Report) -> list[Plot]:
             "Time and state of one sequence after so many tokens of context.",
             draw_inference,
         ),
-        ("stability", "Rank stability", "Rank by validation loss along the budget; 1 is best.", draw_stability),
+        (
+            "stability",
+            "Rank stability",
+            f"Rank by {report.judged.label} along the budget; 1 is best.",
+            draw_stability,
+        ),
         (
             "learning_rates",
             "Learning rates",
@@ -122,7 +127,7 @@ def draw_quality(report: Report) -> Figure | None:
 
 
 def draw_curves(report: Report) -> Figure | None:
-    """Validation loss against the three costs of training."""
+    """Quality on validation data against the three costs of training."""
     rows = [row for row in report.candidates if row.curve.points]
     if not rows:
         return None
@@ -137,10 +142,10 @@ def draw_curves(report: Report) -> Figure | None:
             look, points = looks[row.name], row.curve.points
             xs = [float({"tokens": p.tokens, "flops": p.flops, "seconds": p.seconds}[axis]) for p in points]
             axes.fill_between(xs, [p.low for p in points], [p.high for p in points], color=look.color, alpha=0.15, lw=0)
-            losses = [p.loss for p in points]
-            axes.plot(xs, losses, color=look.color, ls=look.dash, marker=look.marker, markevery=[-1])
-            ends.append((row.name, xs[-1], losses[-1], look.color))
-        if _spans(rows):
+            values = [p.value for p in points]
+            axes.plot(xs, values, color=look.color, ls=look.dash, marker=look.marker, markevery=[-1])
+            ends.append((row.name, xs[-1], values[-1], look.color))
+        if not report.judged.higher_is_better and _spans(rows):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -149,7 +154,7 @@ def draw_curves(report: Report) -> Figure | None:
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(title)
         if at == 0:
-            axes.set_ylabel("validation loss, nats per token")
+            axes.set_ylabel(report.judged.title)
         else:
             axes.tick_params(labelleft=False)
         if at == 2:
@@ -160,7 +165,7 @@ def draw_curves(report: Report) -> Figure | None:
 
 def _spans(rows: Sequence[CandidateResult]) -> bool:
     """Whether losses span so much that a logarithmic axis reads better."""
-    losses = [point.loss for row in rows for point in row.curve.points]
+    losses = [point.value for row in rows for point in row.curve.points]
     return min(losses) > 0 and max(losses) / min(losses) > 8
 
 

@@ -3,6 +3,7 @@
     OUT/study.yaml                        the study, as it was asked for
     OUT/plan.json                         every run that was planned, what could not be made equal, the command
     OUT/configs/<run>.yaml                the resolved configuration of each run: `trilemma train` takes it as it is
+    OUT/failures/<run>.json               the step at which a run's loss was not a number, and the message
     OUT/runs/<run>/                       a run directory (see `trilemma.runs`), and in it:
         documents.json                    the metric's sufficient statistics per test document, and sample outputs
         inference.json                    ms per token and state bytes by context
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import numpy as np
 
 from trilemma.compare.metrics import Array
 from trilemma.config import RunConfig, StudyConfig, dump, parse, read_yaml
-from trilemma.errors import CheckpointError, ConfigError
+from trilemma.errors import CheckpointError, ConfigError, TrainingError
 from trilemma.runs import RunDirectory, files
 from trilemma.runs.directory import SUMMARY, to_json
 
@@ -78,13 +79,25 @@ class SampleOutput:
 
 @dataclass(frozen=True)
 class Documents:
-    """A run's test result, kept so that it can be resampled: `statistics` is [documents, metric.width]."""
+    """A run's test result, kept so that it can be resampled: `statistics` is [documents, metric.width].
+
+    Attributes:
+        asked: how many samples were; None: not kept (an older file).
+    """
 
     metric: str
     signature: str
     split: str
     statistics: Array
     samples: list[SampleOutput]
+    asked: int | None = None
+
+    def shows(self, wanted: int) -> bool:
+        """Whether scoring again would show no other number of samples."""
+        if not self.samples and self.asked != 0:
+            return True  # a task without outputs
+        size = len(self.statistics)
+        return min(wanted, size) == (len(self.samples) if self.asked is None else min(self.asked, size))
 
 
 @dataclass(frozen=True)
@@ -99,15 +112,31 @@ class InferencePoint:
 
 @dataclass(frozen=True)
 class Inference:
-    """A run's inference cost; `unmeasured`: context -> why there is no point for it."""
+    """A run's inference cost.
+
+    Attributes:
+        unmeasured: context -> why there is no point for it.
+        batch_sizes: that were tried at every context.
+        path: that the operators took, one with a law record. environment: as `machine.environment` says, when it was
+            measured. measured: when, in UTC. All three are empty in an older file.
+    """
 
     points: list[InferencePoint] = field(default_factory=list)
     unmeasured: dict[int, str] = field(default_factory=dict)
+    batch_sizes: list[int] = field(default_factory=list)
+    path: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    measured: str = ""
 
     @property
     def contexts(self) -> set[int]:
         """Contexts that were measured, or tried."""
         return {point.context for point in self.points} | self.unmeasured.keys()
+
+    def covers(self, contexts: Collection[int], batch_sizes: Collection[int]) -> bool:
+        """Whether all of these were measured, or tried."""
+        batches = {point.batch for point in self.points} | set(self.batch_sizes)
+        return set(contexts) <= self.contexts and (not contexts or set(batch_sizes) <= batches)
 
 
 @dataclass(frozen=True)
@@ -123,13 +152,30 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A run that could not be trained to its end: it is not counted, and not tried again with the same settings."""
+
+    planned: PlannedRun
+    step: int | None
+    message: str
+
+    @property
+    def text(self) -> str:
+        """What the report says of it."""
+        at = "" if self.step is None else f" at step {self.step}"
+        why = self.message.partition(";")[0].removeprefix(f"step {self.step}: ")
+        return f"seed {self.planned.seed}: training failed{at} ({why}); not counted"
+
+
+@dataclass(frozen=True)
 class StudyRecord:
-    """A whole study, read from disk. `missing` are planned runs that have not finished."""
+    """A whole study, read from disk. `missing` are planned runs that have neither finished nor failed."""
 
     study: StudyConfig
     plan: Plan
     runs: list[RunRecord]
     missing: list[PlannedRun]
+    failures: list[Failure] = field(default_factory=list)  # of full-budget runs
 
 
 class StudyDirectory:
@@ -184,17 +230,45 @@ class StudyDirectory:
         """
         file = self.config_path(name)
         if file.is_file():
-            kept = parse(RunConfig, read_yaml(file), str(file))
-            for key, value in flatten(config.model_dump(mode="json")).items():
-                if key.split(".")[0] not in ("notes", "name") and flatten(kept.model_dump(mode="json"))[key] != value:
-                    was = flatten(kept.model_dump(mode="json"))[key]
-                    raise ConfigError(
-                        f"{self.run_path(name)}: was run with {key}={was}, the study now says {value}; "
-                        "choose another --out, or put the old value back"
-                    )
-        else:
-            write_text(file, dump(config))
+            change = _first_change(parse(RunConfig, read_yaml(file), str(file)), config)
+            if change is None:
+                return file
+            if self.read_failure(name) is None:
+                key, was, value = change
+                raise ConfigError(
+                    f"{self.run_path(name)}: was run with {key}={was}, the study now says {value}; "
+                    "choose another --out, or put the old value back"
+                )
+            self._set_aside(name)
+        write_text(file, dump(config))
         return file
+
+    def write_failure(self, name: str, error: TrainingError) -> None:
+        """Keeps that the run called `name` cannot be trained to its end."""
+        write_json(self._failure_path(name), {"step": error.step, "message": str(error)})
+
+    def read_failure(self, name: str) -> TrainingError | None:
+        """Why the run called `name` could not be trained; None where it did not fail."""
+        file = self._failure_path(name)
+        if not file.is_file():
+            return None
+        values = read_json(file)
+        try:
+            return TrainingError(str(values["message"]), values["step"])
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{file}: not a failure's record; remove it to try the run again") from None
+
+    def _failure_path(self, name: str) -> Path:
+        return self.path / "failures" / f"{name}.json"
+
+    def _set_aside(self, name: str) -> None:
+        """Makes room for another attempt at a run that failed; what is left of the first stays under another name."""
+        at = 1
+        while (aside := self.run_path(f"{name}.failed-{at}")).exists():
+            at += 1
+        if self.run_path(name).exists():
+            files.rename(self.run_path(name), aside)
+        self._failure_path(name).unlink()
 
     def write_documents(self, name: str, documents: Documents) -> None:
         """Keeps a run's test result."""
@@ -214,8 +288,9 @@ class StudyDirectory:
                 split=str(values["split"]),
                 statistics=np.array(values["statistics"], dtype=np.float64),
                 samples=[SampleOutput(**sample) for sample in values["samples"]],
+                asked=values.get("asked"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.run_path(name) / DOCUMENTS}: not a test result: {error}") from None
 
     def write_inference(self, name: str, inference: Inference) -> None:
@@ -231,7 +306,14 @@ class StudyDirectory:
             values = {"points": values, "unmeasured": {}}
         try:
             points = [InferencePoint(**point) for point in values["points"]]
-            return Inference(points, {int(context): str(why) for context, why in values["unmeasured"].items()})
+            return Inference(
+                points,
+                unmeasured={int(context): str(why) for context, why in values["unmeasured"].items()},
+                batch_sizes=[int(size) for size in values.get("batch_sizes", [])],
+                path=str(values.get("path", "")),
+                environment=dict(values.get("environment", {})),
+                measured=str(values.get("measured", "")),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.run_path(name) / INFERENCE}: not an inference cost: {error}") from None
 
@@ -244,16 +326,25 @@ class StudyDirectory:
         run = RunDirectory(self.run_path(name))
         return run.exists() and run.has(SUMMARY)
 
+    def ended(self, name: str) -> bool:
+        """Whether the run is not to be trained any more: it has finished, or failed."""
+        return self.finished(name) or self.read_failure(name) is not None
+
     def read(self) -> StudyRecord:
         """Everything on disk, for the report."""
         study, plan = self.read_study(), self.read_plan()
-        runs, missing = [], []
+        runs = [self._read_run(planned) for planned in plan.runs if self.finished(planned.name)]
+        missing = [planned for planned in plan.runs if not self.ended(planned.name)]
+        return StudyRecord(study, plan, runs, missing, self.failures(plan))
+
+    def failures(self, plan: Plan) -> list[Failure]:
+        """Full-budget runs that could not be trained to their end."""
+        found = []
         for planned in plan.runs:
-            if self.finished(planned.name):
-                runs.append(self._read_run(planned))
-            else:
-                missing.append(planned)
-        return StudyRecord(study, plan, runs, missing)
+            if planned.stage == "final" and not self.finished(planned.name):
+                error = self.read_failure(planned.name)
+                found += [Failure(planned, error.step, str(error))] if error is not None else []
+        return found
 
     def _read_run(self, planned: PlannedRun) -> RunRecord:
         run = RunDirectory.open(self.run_path(planned.name))
@@ -265,6 +356,15 @@ class StudyDirectory:
             documents=self.read_documents(planned.name),
             inference=self.read_inference(planned.name),
         )
+
+
+def _first_change(kept: RunConfig, config: RunConfig) -> tuple[str, Any, Any] | None:
+    """The first key that differs, with both values."""
+    old = flatten(kept.model_dump(mode="json"))
+    for key, value in flatten(config.model_dump(mode="json")).items():
+        if key.split(".")[0] not in ("notes", "name") and old.get(key) != value:
+            return key, old.get(key), value
+    return None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

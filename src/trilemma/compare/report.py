@@ -56,7 +56,9 @@ def render(template: str, report: Report, tables: list[Table], plots: list[Plot]
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(md=markdown_text, duration=duration, amount=words.amount, size=size)
+    environment.filters.update(
+        md=markdown_text, duration=duration, amount=words.amount, size=size, setting=words.setting
+    )
     style = Path(__file__).with_name("templates").joinpath("report.css").read_text(encoding="utf-8")
     return environment.get_template(template).render(
         report=report,
@@ -96,6 +98,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "test": {"split": report.split, "documents": report.documents},
         "verdicts": report.verdicts,
         "verdicts_withheld": report.withheld or None,
+        "inference_context": report.context,
         "candidates": [_candidate(row, report) for row in report.candidates],
         "controls": {
             "runs": [_candidate(row, report) for row in report.controls],
@@ -115,6 +118,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for test in report.pairs
         ],
         "rank_stability": {
+            "judged_by": report.judged.key,
             "text": report.stability.text,
             "stable": not report.stability.flips,
             "rankings": report.stability.rankings,
@@ -176,8 +180,8 @@ def _candidate(row: CandidateResult, report: Report) -> dict[str, Any]:
         "triangle": {
             name: {"value": corner.value, "log2_ratio": corner.log2_ratio} for name, corner in row.corners.items()
         },
-        "valid_loss_at_share": row.curve.at_share,
-        "price": row.price or None,
+        f"{report.judged.key}_at_share": row.curve.at_share,
+        "price": {**row.price, "context": report.context} if row.price else None,
         "runs": [f"runs/{name}" for name in row.runs],
     }
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from trilemma.compare.curves import Curve, Stability
+from trilemma.compare.curves import Curve, Judged, Stability
 from trilemma.compare.inference import Crossover, InferenceCurve
 from trilemma.compare.metrics import Metric
 from trilemma.compare.records import Inequality, PlannedRun, Role
@@ -92,12 +93,14 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Control:
-    """Outcome of an A/A or known-gap control. `passed` None: it could not be judged."""
+    """Outcome of an A/A or known-gap control that was asked for.
+
+    `passed` None: undecided (it has not finished, or has too few seeds); that withholds verdicts as a failure does.
+    """
 
     name: str
     passed: bool | None
     text: str
-    test: PairTest
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,14 @@ class Report:
     split: str
     documents: int
     budget: dict[str, float | str | bool]
+    context: int | None  # the longest measured for all: ms per token, state and money are compared there
     candidates: list[CandidateResult]
     controls: list[CandidateResult]
     outcomes: list[Control]
     pairs: list[PairTest]
     verdicts: list[str]
     withheld: str  # why no verdict is printed; empty where they are
+    judged: Judged  # what curves and rank stability show
     stability: Stability
     crossovers: list[Crossover]
     criterion: str  # what the learning rate was chosen by
@@ -128,6 +133,6 @@ class Report:
     missing: list[PlannedRun]
     data_hash: str
     order_hashes: dict[int, str]  # seed -> hash of the order in which examples were seen
-    environment: dict[str, str]
+    environment: dict[str, Any]  # JSON values; a list of values where runs differ
     command: str
     price_per_hour: float | None

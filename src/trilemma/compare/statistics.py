@@ -8,6 +8,9 @@ documents of the test set. Both are resampled in one hierarchical bootstrap:
   would cover the truth about 75 % of the time when it claims 95 %, so the seed part is drawn from Student's t with the
   degrees of freedom that the seeds leave: n - 1 for one candidate, n_a + n_b - 2 (pooled spread) for a pair.
 
+A p-value is never below 2 / (replicates + 1), and Holm's correction multiplies the smallest by the number of pairs. So
+the replicates grow with the pairs (`replicates_for`): else a study of many candidates could tell nothing apart.
+
 With one seed the spread between seeds is unknown; the interval then speaks about documents alone, and says so.
 No verdict is ever drawn from fewer than `MIN_SEEDS` seeds.
 """
@@ -15,6 +18,7 @@ No verdict is ever drawn from fewer than `MIN_SEEDS` seeds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,12 +28,16 @@ from trilemma.compare.metrics import Array, Metric
 
 MIN_SEEDS = 3
 LEVEL = 0.95
-_CHUNK = 256  # replicates drawn at once: bounds memory at _CHUNK * documents counts
+REPLICATES = 10_000  # the least
+_CHUNK = 256  # replicates drawn at once: bounds memory at _CHUNK * (documents + runs * width) numbers
+_WANTED, _LEAST = 400, 100  # replicates for each pair: the least p is 0.005, or 0.02, after Holm's correction
+_AFFORDABLE = 4e8  # replicates * documents beyond which `_LEAST` must do; about half a minute
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One candidate's measurements: `values` [seeds], `replicates` [replicates, seeds] over resampled `documents`."""
+    """One candidate's measurements: `values` [seeds]; `replicates` [replicates], means over seeds, each over the
+    `documents` of one draw."""
 
     values: Array
     replicates: Array
@@ -71,8 +79,21 @@ class PairTest:
         return p is not None and p < 1.0 - LEVEL
 
 
+def replicates_for(seeds: Sequence[int], documents: int) -> int:
+    """How many bootstrap draws a study needs, so that Holm's correction over its pairs leaves a p-value to find.
+
+    Args:
+        seeds: the number of seeds of each candidate; those with fewer than `MIN_SEEDS` are in no tested pair.
+        documents: of the test set.
+    """
+    tested = sum(count >= MIN_SEEDS for count in seeds)
+    pairs = tested * (tested - 1) // 2
+    affordable = int(_AFFORDABLE / max(1, documents))
+    return max(REPLICATES, min(_WANTED * pairs, max(affordable, _LEAST * pairs)))
+
+
 def resample(
-    documents: Mapping[str, Sequence[Array]], metric: Metric, replicates: int = 10_000, seed: int = 0
+    documents: Mapping[str, Sequence[Array]], metric: Metric, replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, Sample]:
     """Draws documents with replacement, jointly for all candidates.
 
@@ -91,30 +112,34 @@ def resample(
         raise ValueError(f"all runs must be scored on the same documents; found sizes {sorted(sizes)}")
     size = sizes.pop()
     stacked = np.concatenate(arrays, axis=1)  # [documents, runs * width]
+    ends = np.cumsum([len(candidate) for candidate in documents.values()]).tolist()
+    places = {name: slice(end - len(documents[name]), end) for name, end in zip(documents, ends, strict=True)}
     generator = np.random.default_rng(seed)
-    parts = []
+    draws = {name: np.empty(replicates) for name in documents}
     for start in range(0, replicates, _CHUNK):
         rows = min(_CHUNK, replicates - start)
         counts = generator.multinomial(size, np.full(size, 1.0 / size), size=rows).astype(np.float64)
-        parts.append(counts @ stacked)
-    sums = np.concatenate(parts).reshape(replicates, len(arrays), metric.width)
-    drawn = metric.from_sums(sums)  # [replicates, runs]
+        # The metric is computed of each chunk: the sums of all replicates would not fit for many runs.
+        drawn = metric.from_sums((counts @ stacked).reshape(rows, len(arrays), metric.width))  # [rows, runs]
+        for name, own in places.items():
+            draws[name][start : start + rows] = drawn[:, own].mean(axis=1)
     whole = metric.from_sums(stacked.sum(axis=0).reshape(len(arrays), metric.width))
-    result, first = {}, 0
-    for name, candidate in documents.items():
-        last = first + len(candidate)
-        result[name] = Sample(whole[first:last], drawn[:, first:last], size)
-        first = last
-    return result
+    return {name: Sample(whole[own], draws[name], size) for name, own in places.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _student(freedom: int, size: int, seed: int) -> Array:
+    """Draws from Student's t; the same for all pairs that leave as many degrees of freedom. Not to be written to."""
+    return np.random.default_rng(seed).standard_t(freedom, size=size)
 
 
 def interval(sample: Sample, metric: Metric, seed: int = 0) -> Interval:
     """The candidate's mean over seeds with its 95 % interval over documents and seeds."""
     seeds = len(sample.values)
-    draws = sample.replicates.mean(axis=1)
+    draws = sample.replicates
     if seeds > 1:
         spread = float(sample.values.std(ddof=1)) / np.sqrt(seeds)
-        draws = draws + spread * np.random.default_rng(seed).standard_t(seeds - 1, size=len(draws))
+        draws = draws + spread * _student(seeds - 1, len(draws), seed)
     tail = (1.0 - LEVEL) / 2.0
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     mean = float(sample.values.mean())
@@ -138,12 +163,12 @@ def compare_pair(samples: Mapping[str, Sample], first: str, second: str, seed: i
     """The paired difference of two candidates' means; without `MIN_SEEDS` seeds on both sides there is no p-value."""
     a, b = samples[first], samples[second]
     counts = (len(a.values), len(b.values))
-    draws = a.replicates.mean(axis=1) - b.replicates.mean(axis=1)
+    draws = a.replicates - b.replicates
     freedom = sum(counts) - 2
     if min(counts) > 1:
         squares = sum(float(((s.values - s.values.mean()) ** 2).sum()) for s in (a, b))
         spread = np.sqrt(squares / freedom * (1.0 / counts[0] + 1.0 / counts[1]))
-        draws = draws + spread * np.random.default_rng(seed).standard_t(freedom, size=len(draws))
+        draws = draws + spread * _student(freedom, len(draws), seed)
     tail = (1.0 - LEVEL) / 2.0
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     p = None

@@ -115,24 +115,27 @@ def summary_table(report: Report) -> str:
     ]
     rows = []
     for row in best_first(report):
-        found, context = row.quality.interval, _longest(row)
-        cost = "-" if context is None or row.inference is None else shown(row.inference.ms_per_token[context])
-        state = "-" if context is None or row.inference is None else size(row.inference.state_bytes[context])
+        found = row.quality.interval
+        cost, state = _cost_and_state(row, report.context)
         mark = " *" if row.name == report.reference else ""
         quality = f"{metric.format(found.mean)} ({metric.format(found.low)} to {metric.format(found.high)})"
         rows.append(
             [
                 *(f"{row.name}{mark}", amount(row.parameters["total"]), quality, str(found.seeds)),
-                *(duration(row.training.seconds), cost, state),
+                *(duration(row.training.seconds), shown(cost), "-" if state is None else size(state)),
             ]
         )
-    contexts = {context for row in report.candidates if (context := _longest(row)) is not None}
-    note = f"* reference; ms per token and state after {max(contexts):,} tokens" if contexts else "* reference"
+    note = "* reference"
+    if report.context is not None:
+        note += f"; ms per token and state after {report.context:,} tokens"
     return f"{text_table(header, rows)}\n{note}"
 
 
-def _longest(row: CandidateResult) -> int | None:
-    return max(row.inference.ms_per_token) if row.inference and row.inference.ms_per_token else None
+def _cost_and_state(row: CandidateResult, context: int | None) -> tuple[float | None, float | None]:
+    """ms per token and state bytes after `context` tokens; None where they were not measured."""
+    if context is None or row.inference is None:
+        return None, None
+    return row.inference.ms_per_token[context], row.inference.state_bytes[context]
 
 
 def result_table(report: Report) -> Table:
@@ -149,20 +152,19 @@ def result_table(report: Report) -> Table:
     rows: list[list[str]] = []
     data: list[list[Cell]] = []
     for row in best_first(report):
-        found, inference = row.quality.interval, row.inference
-        context = _longest(row)
-        ms = inference.ms_per_token[context] if inference and context else None
-        state = inference.state_bytes[context] if inference and context else None
+        found = row.quality.interval
+        ms, state = _cost_and_state(row, report.context)
         label = f"{row.name} (reference)" if row.name == report.reference else row.name
         label = label if row.role == "candidate" else f"{row.name} (control)"
         cells = [label, row.mixer, row.layout]
         cells += [f"{amount(row.parameters['total'])} ({amount(row.parameters['non_embedding'])})"]
         cells += [metric.format(found.mean), f"{metric.format(found.low)} to {metric.format(found.high)}"]
         cells += [str(found.seeds), duration(row.training.seconds), f"{row.training.tokens_per_second:,.0f}"]
-        cells += [f"{shown(ms)} at {context:,}" if context else "-", size(state) if state is not None else "-"]
+        cells += [shown(ms), size(state) if state is not None else "-"]
         values: list[Cell] = [row.name, row.role, row.mixer, row.layout, row.parameters["total"]]
         values += [row.parameters["non_embedding"], found.mean, found.low, found.high, found.seeds]
-        values += [row.training.seconds, row.training.tokens_per_second, context, ms, state]
+        values += [row.training.seconds, row.training.tokens_per_second]
+        values += [None if ms is None else report.context, ms, state]
         if report.price_per_hour is not None:
             train, per_million = row.price.get("train"), row.price.get("per_million_tokens")
             cells += [shown(train), shown(per_million)]
@@ -171,18 +173,28 @@ def result_table(report: Report) -> Table:
         data.append(values)
     caption = (
         f"{metric.label[:1].upper()}{metric.title[1:]} on {report.documents:,} {report.split} examples, "
-        f"{'higher' if metric.higher_is_better else 'lower'} is better. Training time is the median over seeds; "
-        "ms per token and state of one sequence at the longest context measured."
+        f"{'higher' if metric.higher_is_better else 'lower'} is better. Training time is the median over seeds. "
+        f"{_where_costs(report)}"
     )
     if not all(row.quality.interval.seeds_counted for row in report.candidates):
         caption += " With one seed, the interval speaks about the choice of test examples only."
     return Table("results", caption, header, rows, data_header, data)
 
 
+def _where_costs(report: Report) -> str:
+    """At which context costs of inference are compared."""
+    if report.context is not None:
+        return f"Time and state are of one sequence after {report.context:,} tokens, the most measured for all."
+    if any(row.inference is not None for row in report.candidates):
+        return "No context was measured for all candidates: ms per token and state are not compared here."
+    return "Inference cost was not measured."
+
+
 def triangle_table(report: Report) -> Table:
     """The three corners, raw and against the reference."""
     header = ["candidate", f"quality: {report.metric.title}", "against reference"]
-    header += ["training: s per M tokens", "against reference", "inference: ms per token", "against reference"]
+    after = "" if report.context is None else f" after {report.context:,}"
+    header += ["training: s per M tokens", "against reference", f"inference: ms per token{after}", "against reference"]
     data_header = ["candidate", "quality", "quality_log2", "training_seconds_per_million", "training_log2"]
     data_header += ["ms_per_token", "inference_log2"]
     rows: list[list[str]] = []
@@ -279,24 +291,25 @@ def _cost_cell(cost: float | None, state: float | None) -> str:
 
 
 def stability_table(report: Report) -> Table:
-    """Validation loss at a quarter, half and the full budget, with ranks."""
+    """Quality on validation data at a quarter, half and the full budget, with ranks."""
     header = ["candidate", "at a quarter", "at half", "at the full budget"]
     rows: list[list[str]] = []
     data: list[list[Cell]] = []
     for row in report.candidates:
         cells: list[str] = [row.name]
         values: list[Cell] = [row.name]
-        for share, loss in row.curve.at_share.items():
+        for share, value in row.curve.at_share.items():
             ranking = report.stability.rankings.get(share)
             rank = ranking.index(row.name) + 1 if ranking else None
-            cells.append("-" if loss is None else f"{loss:.4f}" + (f" (rank {rank})" if rank else ""))
-            values += [loss, rank]
+            cells.append("-" if value is None else f"{value:.4f}" + (f" (rank {rank})" if rank else ""))
+            values += [value, rank]
         rows.append(cells)
         data.append(values)
     data_header = ["candidate"]
     for share in ("quarter", "half", "full"):
-        data_header += [f"valid_loss_{share}", f"rank_{share}"]
-    caption = "Validation loss (nats per scored token), mean over seeds; lower is better."
+        data_header += [f"{report.judged.key}_{share}", f"rank_{share}"]
+    better = "higher" if report.judged.higher_is_better else "lower"
+    caption = f"{report.judged.heading}; mean over seeds; {better} is better."
     return Table("stability", caption, header, rows, data_header, data)
 
 
@@ -318,12 +331,22 @@ def sweep_table(report: Report) -> Table:
 def curve_table(report: Report) -> Table:
     """The data of the quality curves: for CSV, too long to print."""
     data: list[list[Cell]] = [
-        [row.name, point.step, point.tokens, point.flops, point.seconds, point.loss, point.low, point.high, point.seeds]
+        [
+            row.name,
+            point.step,
+            point.tokens,
+            point.flops,
+            point.seconds,
+            point.value,
+            point.low,
+            point.high,
+            point.seeds,
+        ]
         for row in _all_rows(report)
         for point in row.curve.points
     ]
-    data_header = ["candidate", "step", "tokens", "flops", "seconds", "valid_loss", "low", "high", "seeds"]
-    return Table("curves", "Validation loss along training.", [], [], data_header, data)
+    data_header = ["candidate", "step", "tokens", "flops", "seconds", report.judged.key, "low", "high", "seeds"]
+    return Table("curves", "Quality on validation data along training.", [], [], data_header, data)
 
 
 def sample_table(report: Report) -> Table:

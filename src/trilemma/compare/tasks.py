@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trilemma.compare.execute import Progress, Say, Train, check_same_study, run_study
+from trilemma.compare.execute import Progress, Say, Train, check_folder, check_same_study, prepared, run_study
 from trilemma.compare.expand import slug
 from trilemma.compare.matrix import Cell, read_matrix
+from trilemma.compare.measuring import metric_of
 from trilemma.compare.records import StudyDirectory
 from trilemma.compare.report import write_report
 from trilemma.config import RunConfig, StudyConfig, StudyTask, merge, parse
@@ -43,12 +44,14 @@ def run_tasks(
     """Runs what is left of a study with tasks; arguments and errors as for `run_study`."""
     check_tasks(study)
     directory = StudyDirectory(out)
+    check_folder(directory.path)
     files.make_folder(directory.path)
     lock = RunLock(directory.path)
     lock.acquire()
     try:
         if (directory.path / "study.yaml").is_file():
             check_same_study(directory.read_study(), study, directory.path)
+        _check_each(study)
         directory.write_study(study)
         _run(study, out, command, say, train)
     finally:
@@ -68,10 +71,21 @@ def check_tasks(study: StudyConfig) -> None:
                 raise ConfigError(f'task "{task.name}": no candidate is called "{name}"{nearest(name, names)}')
 
 
+def _check_each(study: StudyConfig) -> None:
+    """Prepares every task once: what is wrong with the last is said before the first is trained."""
+    for task in study.tasks:
+        one = task_study(study, task)
+        try:
+            metric_of(one)
+            prepared(one)
+        except ConfigError as error:
+            raise ConfigError(f'task "{task.name}": {error}') from None
+
+
 def _run(study: StudyConfig, out: Path, command: str, say: Say, train: Train | None) -> None:
     progress = Progress(total=_planned(study))
     progress.done = sum(
-        task_directory(out, task).finished(run.name)
+        task_directory(out, task).ended(run.name)
         for task in study.tasks
         for run in (out / "tasks" / slug(task.name) / "runs").glob("*/")
     )
@@ -87,7 +101,23 @@ def _run(study: StudyConfig, out: Path, command: str, say: Say, train: Train | N
             go(at, task, [task.control])
             _say_control(out, task, say)
     for at, task in enumerate(study.tasks, start=1):
-        write_report(go(at, task, None))
+        _write_report(task, go(at, task, None), None, say)
+
+
+def write_reports(study: StudyConfig, out: Path, price_per_hour: float | None, say: Say) -> None:
+    """Draws the report of each task again, as far as it has been run."""
+    for task in study.tasks:
+        directory = task_directory(out, task)
+        if (directory.path / "plan.json").is_file():
+            _write_report(task, directory, price_per_hour, say)
+
+
+def _write_report(task: StudyTask, directory: StudyDirectory, price_per_hour: float | None, say: Say) -> None:
+    runs = [run.planned for run in directory.read().runs if run.documents is not None]
+    if any(run.role == "candidate" and run.stage == "final" for run in runs):
+        write_report(directory, price_per_hour)
+    else:
+        say(f"{task.name}: no run has finished, so there is no report of it")
 
 
 def _planned(study: StudyConfig) -> int:

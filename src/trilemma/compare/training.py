@@ -17,8 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
-from trilemma.errors import Interrupted, TrainingError, TrilemmaError
+from trilemma.errors import Interrupted, TrilemmaError
 from trilemma.registry import loaded_plugins
+from trilemma.runs import RunDirectory
 
 
 def train_in_process(config: Path, out: Path, share: int = 1) -> None:
@@ -30,8 +31,9 @@ def train_in_process(config: Path, out: Path, share: int = 1) -> None:
             its progress to a file under `logs/` beside the folder of the runs.
 
     Raises:
-        TrainingError: the trainer gave up (a loss that is not a number, a full disk); its message stands on stderr.
-        Interrupted: it was asked to stop, and saved its state. TrilemmaError: it crashed.
+        TrainingError: the loss is not a number.
+        Interrupted: it was asked to stop, and saved its state.
+        TrilemmaError: it gave up (a full disk) or crashed; its message stands on stderr.
     """
     plugins = [argument for plugin in loaded_plugins() for argument in ("--plugin", str(plugin))]
     command = [sys.executable, "-m", "trilemma.compare.child", str(os.getpid()), *plugins]
@@ -58,7 +60,8 @@ def train_in_process(config: Path, out: Path, share: int = 1) -> None:
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) or code < 0:
         raise Interrupted(f"{out}: training was stopped; run the same command again to go on", signal.SIGTERM)
     if code == TrilemmaError.exit_code:
-        raise TrainingError(f"{out}: training failed; the reason stands {said}")
+        failure = RunDirectory(out).read_failure()
+        raise failure or TrilemmaError(f"{out}: training failed; the reason stands {said}")
     if code != 0:
         raise TrilemmaError(f"{out}: the trainer crashed (exit code {code}); what it said stands {said}")
 

@@ -89,16 +89,10 @@ def _corner_texts(row: CandidateResult, report: Report) -> dict[str, str]:
         return f"×{corner.times:.2f}" if math.isfinite(corner.log2_ratio) else "ratio undefined"
 
     quality, training, inference = (row.corners[name] for name in _ANGLES)
-    context = _context_of(row, inference.value)
+    assert row.inference is not None and report.context is not None, "there is an inference corner"
+    context = f"{report.context:,} ({size(row.inference.state_bytes[report.context])})"
     return {
         "quality": f"quality {against(quality)}\n{report.metric.label} {report.metric.sentence(quality.value)}",
         "training": f"training {against(training)}\n{shown(training.value)} s per M tokens",
         "inference": f"inference {against(inference)}\n{shown(inference.value)} ms per token\nat {context}",
     }
-
-
-def _context_of(row: CandidateResult, cost: float) -> str:
-    assert row.inference is not None
-    found = [context for context, value in row.inference.ms_per_token.items() if value == cost]
-    state = row.inference.state_bytes[found[-1]]
-    return f"{found[-1]:,} ({size(state)})"

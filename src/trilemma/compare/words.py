@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from trilemma.compare.metrics import Metric
-from trilemma.compare.records import PlannedRun
+from trilemma.compare.records import PlannedRun, Role
 from trilemma.compare.results import CandidateResult, Control
 from trilemma.compare.statistics import MIN_SEEDS, PairTest
 from trilemma.config import Source, StudyConfig
@@ -19,6 +19,17 @@ def amount(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.3g} {prefix}"
     return f"{value:.3g}"
+
+
+def setting(value: object) -> str:
+    """A value of a setting, or of an environment, for people; a list holds those of runs that differ."""
+    if isinstance(value, list):
+        return " / ".join(setting(one) for one in value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def task(study: StudyConfig) -> str:
@@ -111,10 +122,32 @@ def control(name: str, role: str, test: PairTest, metric: Metric) -> tuple[bool 
     return False, f"Known-gap control failed: the handicapped reference is not found to be worse ({gap})."
 
 
+_CONTROLS: dict[Role, str] = {"same-twice": "A/A control", "known-gap": "Known-gap control"}
+
+
+def unfinished(role: Role, finished: int, planned: int) -> str:
+    """What is said of a control whose runs have not all been trained and scored, so that it cannot be judged yet."""
+    return f"{_CONTROLS[role]} has not finished: {finished} of {planned} {_plural('run', planned)} trained and scored."
+
+
+def without_reference(role: Role, reference: str) -> str:
+    """What is said of a control while the candidate that it is compared with has no finished run."""
+    return f"{_CONTROLS[role]} cannot be judged: {reference}, the reference, has no finished run."
+
+
 def withheld(outcomes: Sequence[Control]) -> str:
-    """Why no verdict may be printed at all; empty where verdicts stand."""
+    """Why no verdict may be printed at all; empty where verdicts stand.
+
+    A control was asked for to show that the study can be trusted: until it has passed, nothing shows that. So one that
+    has not finished, or that too few seeds leave undecided, withholds verdicts as one that failed does.
+    """
     failed = [outcome.text for outcome in outcomes if outcome.passed is False]
-    return f"No verdict is printed, because a control failed. {' '.join(failed)}" if failed else ""
+    open_ones = [outcome.text for outcome in outcomes if outcome.passed is None]
+    if failed:
+        return f"No verdict is printed, because a control failed. {' '.join([*failed, *open_ones])}"
+    if open_ones:
+        return f"No verdict is printed, because a control that was asked for is undecided. {' '.join(open_ones)}"
+    return ""
 
 
 def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: Sequence[PlannedRun]) -> list[str]:
@@ -127,6 +160,9 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
         f"{budget(study.budget.lock, study.budget.amount)}. Rankings at other sizes and budgets may differ.",
         "One task and one data set: nothing here says how the candidates rank on another one.",
     ]
+    wanted = study.reference or study.candidates[0].name
+    if wanted not in [row.name for row in candidates]:
+        lines.append(f"{wanted}, the reference, has no finished run: {candidates[0].name} stands in for it.")
     if not study.learning_rates:
         rates = ", ".join(sorted({f"{row.training.learning_rate:g}" for row in candidates}))
         lines.append(
@@ -142,12 +178,14 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
     seeds = min(row.quality.interval.seeds for row in candidates)
     if seeds < MIN_SEEDS:
         count = f"{seeds} {_plural('seed', seeds)}"
+        if seeds < max(row.quality.interval.seeds for row in candidates):
+            count = f"{count} of some candidates"
         lines.append(f"{count}: the luck of initialisation cannot be told from a real difference.")
     elif seeds <= 5:
         lines.append(f"{seeds} seeds: only differences well above the spread between seeds can be found.")
     if not study.controls.same_twice or study.controls.known_gap is None:
         lines.append(
-            "Not both controls (A/A and known gap) were run: how well the study itself can see is not checked."
+            "Not both controls (A/A and known gap) were asked for: how well the study itself can see is not checked."
         )
     if study.workers > 1:
         lines.append(

@@ -190,7 +190,8 @@ def _steady(state: Any) -> Any:
     if isinstance(state, PositionState):
         return replace(state, bound=0)
     if isinstance(state, Memory):
-        return replace(state, cache=replace(state.cache, bound=state.cache.keys.shape[2], uniform=False))
+        assert isinstance(state.cache, KVCache), "a run is exported as it was trained"
+        return replace(state, cache=replace(state.cache, bound=state.cache.capacity, uniform=False))
     return replace(state, **{item.name: _steady(getattr(state, item.name)) for item in fields(state)})
 
 

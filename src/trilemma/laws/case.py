@@ -15,13 +15,16 @@ from torch import Tensor
 from trilemma.laws.report import ViolationError
 from trilemma.mixers.base import MemoryMixer, Mixer
 from trilemma.ragged import Ragged
-from trilemma.state import State
+from trilemma.state import CacheKind, State
 
 # What two lawful ways of computing one value may differ by, relative to the largest value of the tensor (or 1). In
 # bfloat16, which keeps eight bits, thousands of random cases reached 0.02 in outputs and 0.12 in gradients: that of a
 # norm whose sum nearly cancels magnifies rounding.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.08}
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.4}
+# The same with keys and values in 8 bits: where roundings differ a code may, by one of 127. In float64 none does, and
+# what bfloat16 rounds is more.
+CODED_TOLERANCE = {**TOLERANCE, torch.float32: 0.01}
 
 # Values that padding may hold. NaN is the strictest: it survives multiplication by zero.
 GARBAGE = (math.nan, math.nan, 1e4, 0.0)
@@ -43,6 +46,7 @@ class Case:
     Attributes:
         mixer: with random weights, of type `dtype`.
         shared: what the stack would own.
+        cache: how keys and values are held; unless None, nothing is differentiated.
     """
 
     mixer: Mixer
@@ -50,13 +54,14 @@ class Case:
     generator: torch.Generator
     trace: Trace
     shared: dict[str, Tensor] = field(default_factory=dict)
+    cache: CacheKind = None
 
     # Draws.
 
     def normal(self, *shape: int, leaf: bool = False) -> Tensor:
-        """Standard normal values; a `leaf` is differentiated."""
+        """Standard normal values; a `leaf` is differentiated where anything is."""
         drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
-        return drawn.to(torch.get_default_device(), self.dtype).requires_grad_(leaf)
+        return drawn.to(torch.get_default_device(), self.dtype).requires_grad_(leaf and self.cache is None)
 
     def integer(self, low: int, high: int) -> int:
         """From low to high, both included."""
@@ -174,7 +179,7 @@ class Case:
         scale = max(scale, _largest([want]))
         errors = ((got - want).abs() / scale).nan_to_num(math.inf, math.inf, math.inf)
         error = float(errors.max()) if errors.numel() else 0.0
-        tolerance = tolerance or TOLERANCE[self.dtype]
+        tolerance = tolerance or (TOLERANCE if self.cache is None else CODED_TOLERANCE)[self.dtype]
         if error > tolerance:
             row, token = None, None
             if errors.ndim >= 2:
@@ -207,7 +212,10 @@ class Case:
         return named | {f"shared {name}": value for name, value in self.shared.items()}
 
     def gradients(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of `leaves`, the mixer's parameters and what the stack owns; zeros where nothing flows."""
+        """Of `leaves`, the mixer's parameters and what the stack owns; zeros where nothing flows; none where nothing
+        is differentiated."""
+        if self.cache is not None:
+            return {}
         named = self.named_leaves(leaves)
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         return {

@@ -23,12 +23,15 @@ import trilemma
 from trilemma.errors import ConfigError, LawError, nearest
 from trilemma.laws.registered import verify
 from trilemma.laws.report import FAIL, NOT_APPLICABLE, PASS, Report
+from trilemma.laws.trial import CACHE_LAWS
 from trilemma.mixers.base import Mixer
 from trilemma.ops import backends
 from trilemma.ops.dispatch import plainly, trying
 from trilemma.registry import mixer_class
+from trilemma.state import CacheKind
 
 PATHS = ("plain", "compiled")
+CODED = "+cache-int8"  # ends the path of a mixer that holds keys and values in 8 bits
 SHIPPED = Path(__file__).with_name("records.json")
 _PACKAGE = Path(trilemma.__file__).parent
 _FORMAT = 1
@@ -38,12 +41,13 @@ _ROOMS = tuple(f"trilemma.{room}" for room in ("ops.", "nn.", "mixers.", "state"
 def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
     """sha256 of what runs: sources of mixer, bases and what they import of ours, torch's version, path, device.
 
-    The path of the backends in use, such as "plain+fla", stands on them too: their versions and adapters.
+    The path of the backends in use, such as "plain+fla", stands on them too: their versions and adapters. A path may
+    end with "+cache-int8".
 
     Raises:
         ConfigError: unknown mixer or path.
     """
-    known = {*PATHS, backends.path()}
+    known = {*PATHS, *(form + CODED for form in ("plain", backends.path())), backends.path()}
     if path not in known:
         raise ConfigError(f'unknown path "{path}"{nearest(path, known)}')
     bases = [cls for cls in mixer_class(name).__mro__ if issubclass(cls, Mixer)]
@@ -53,7 +57,7 @@ def fingerprint(name: str, path: str = "plain", device: str = "cpu") -> str:
     contents = sorted((file.name, file.read_bytes()) for file in files)  # names repeat: ops/attention, mixers/attention
     for file_name, content in contents:
         digest.update(f"\n{file_name}\n".encode() + content)
-    if path not in PATHS:
+    if path.removesuffix(CODED) not in PATHS:
         digest.update(backends.identity().encode())
     return digest.hexdigest()
 
@@ -96,7 +100,8 @@ def record(
     Args:
         name: the mixer.
         path: plain (every law but compile), compiled (the law compile), or that of the backends in use (as plain; calls
-            that they do not serve, such as those in float64, run in our own form).
+            that they do not serve, such as those in float64, run in our own form); with "+cache-int8" behind it keys
+            and values are in 8 bits.
         level, seed, device, progress: as in `verify`.
 
     Returns:
@@ -104,8 +109,11 @@ def record(
         is allowed, and where it fails.
     """
     print_of = fingerprint(name, path, device)
-    with plainly() if path in PATHS else trying():
-        reports = verify(name, laws=laws_of(path), level=level, seed=seed, device=device, progress=progress)
+    form, cache = path.removesuffix(CODED), kind_of(path)
+    with plainly() if form in PATHS else trying():
+        reports = verify(
+            name, laws=laws_of(path), level=level, seed=seed, device=device, cache=cache, progress=progress
+        )
     return _record(print_of, path, device, reports)
 
 
@@ -116,8 +124,20 @@ def records_of(prints: dict[str, str], reports: list[Report], device: str = "cpu
 
 def laws_of(path: str) -> list[str]:
     """The laws that a path's record stands on."""
+    if path.endswith(CODED):
+        return list(CACHE_LAWS)
     from_plain = ["split", "causality", "raggedness", "state", "cost", "training", "truth"]
     return ["compile"] if path == "compiled" else from_plain
+
+
+def kind_of(path: str) -> CacheKind:
+    """How a path holds keys and values."""
+    return "int8" if path.endswith(CODED) else None
+
+
+def shipped_paths(name: str) -> list[str]:
+    """The paths that a mixer's shipped records are for."""
+    return [*PATHS, "plain" + CODED] if mixer_class(name).capabilities.keeps_keys else list(PATHS)
 
 
 def _record(print_of: str, path: str, device: str, reports: list[Report]) -> dict[str, Any]:
@@ -157,7 +177,7 @@ def require(
 
     Args:
         mixers: instances or names.
-        path: plain, compiled, or that of the backends in use.
+        path: plain, compiled, or that of the backends in use; mixers tell by themselves how they hold keys and values.
         device: cpu, cuda or mps.
         say: told when laws have to run.
 
@@ -168,22 +188,28 @@ def require(
         LawError: a law does not hold.
     """
     device = torch.device(device).type
-    names = sorted({mixer if isinstance(mixer, str) else mixer.name for mixer in mixers})
+    runs = sorted(
+        {(mixer, path) if isinstance(mixer, str) else (mixer.name, _path_of(mixer, path)) for mixer in mixers}
+    )
     found = {}
-    for name in names:
-        print_of = fingerprint(name, path, device)
-        known = _lookup(name, path, print_of)
+    for name, taken in runs:
+        print_of = fingerprint(name, taken, device)
+        known = _lookup(name, taken, print_of)
         if known is None:
             if say is not None:
-                say(f'no law record for "{name}" on the path {path} ({device}): running the laws once')
-            known = record(name, path, device=device)
+                say(f'no law record for "{name}" on the path {taken} ({device}): running the laws once')
+            known = record(name, taken, device=device)
             _remember(known)
         if not known["ok"]:
             broken = {law: result for law, result in known["laws"].items() if result["outcome"] == FAIL}
             lines = [f"{law}: {result['reason']}; again: {result['reproduce']}" for law, result in broken.items()]
-            raise LawError(f'mixer "{name}" breaks the law on the path {path}:\n  ' + "\n  ".join(lines))
+            raise LawError(f'mixer "{name}" breaks the law on the path {taken}:\n  ' + "\n  ".join(lines))
         found[name] = known
     return found
+
+
+def _path_of(mixer: Mixer, path: str) -> str:
+    return path if mixer.cache is None else path + CODED
 
 
 def shipped_records() -> dict[str, dict[str, dict[str, Any]]]:

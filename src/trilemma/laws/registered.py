@@ -13,6 +13,7 @@ from trilemma.laws.sharing import Behind
 from trilemma.laws.trial import check
 from trilemma.mixers.base import Mixer, build_mixer
 from trilemma.registry import mixer_class
+from trilemma.state import CacheKind
 
 _D_MODEL, _NUM_HEADS = 32, 4
 _PLUGIN_PREFIX = "trilemma_plugin_"
@@ -26,27 +27,30 @@ def verify(
     seed: int | None = None,
     variant: int | None = None,
     device: str = "cpu",
+    cache: CacheKind = None,
     progress: Callable[[Report], None] | None = None,
 ) -> list[Report]:
     """Holds a registered mixer to the laws, in each of its variants (`Mixer.law_variants`).
 
     Args:
         name: see `trilemma.available_mixers`.
-        laws, level, seed, device: as in `check`.
+        laws, level, seed, device, cache: as in `check`.
         variant: the number of one variant; None: all. At level quick the slow parts (compile, long sequences) run for
             the first variant, for one that the seed picks, and for one asked for by number.
         progress: told each report as it is made.
 
     Raises:
-        ConfigError: unknown mixer, law, level or variant.
+        ConfigError: unknown mixer, law, level or variant; a kind of cache for a mixer that keeps no keys and values.
     """
     cls = mixer_class(name)
+    if cache is not None and not cls.capabilities.keeps_keys:
+        raise ConfigError(f'mixer "{name}" keeps no keys and values: there is nothing to hold in 8 bits')
     variants = cls.law_variants()
     seed = secrets.randbelow(2**31) if seed is None else seed
     if variant is not None and not 0 <= variant < len(variants):
         raise ConfigError(f'mixer "{name}" has the variants 0 to {len(variants) - 1}; {variant} is none of them')
     laws = None if laws is None else list(laws)
-    place = "" if device == "cpu" else f" --device {device}"
+    place = ("" if device == "cpu" else f" --device {device}") + ("" if cache is None else f" --cache {cache}")
     reports = []
     for number in range(len(variants)) if variant is None else [variant]:
         slow = variant is not None or number in (0, seed % len(variants))
@@ -59,6 +63,7 @@ def verify(
             command=f"trilemma verify {name}{_plugin(cls)} --variant {number}{place}",
             slow=slow,
             device=device,
+            cache=cache,
         )
         reports.append(report)
         if progress is not None:

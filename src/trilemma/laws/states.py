@@ -164,11 +164,14 @@ def _addresses(case: Case) -> None:
 
 
 def _payload(state: State) -> dict[str, int]:
-    return {name: t.data_ptr() for name, t in state.tensors().items() if t.is_floating_point() and t.numel()}
+    """Where numbers and codes lie; counts of tokens may move."""
+    return {name: t.data_ptr() for name, t in state.tensors().items() if t.dtype != torch.int64 and t.numel()}
 
 
 def _truncation(case: Case) -> None:
     """`detach` cuts gradients, never values."""
+    if case.cache is not None:
+        return
     memory = case.memory(2)
     x, more = case.normal(2, 3, case.mixer.d_model, leaf=True), case.normal(2, 2, case.mixer.d_model)
     _, state = case.step(x, case.begin(2, memory))

@@ -12,6 +12,7 @@ from trilemma.errors import ConfigError
 from trilemma.laws.case import Case, Trace
 from trilemma.laws.sharing import Arranged, Sharing
 from trilemma.mixers.base import Mixer
+from trilemma.state import CacheKind
 
 LEVELS = ("quick", "full")
 
@@ -25,12 +26,14 @@ class Subject:
         seed: of every draw.
         level: quick or full.
         slow: whether the slow parts run at level quick too.
+        cache: how keys and values are held; of another kind than None it passes no gradients, and nothing wants any.
     """
 
     factory: Callable[[], Mixer]
     seed: int
     level: str = "quick"
     slow: bool = True
+    cache: CacheKind = None
     trace: Trace = field(default_factory=Trace)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,11 @@ class Subject:
             for parameter in mixer.parameters():
                 noise = torch.randn(parameter.shape, generator=generator, device="cpu")
                 parameter.add_(0.2 * noise.to(parameter))
+        if self.cache is not None:
+            mixer.requires_grad_(False)
+            for part in mixer.modules():
+                if isinstance(part, Mixer):
+                    part.cache = self.cache
         if mixer.publishes() or mixer.reads():
             mixer = Sharing(mixer)
         return mixer.to(torch.get_default_device(), dtype)
@@ -80,6 +88,6 @@ class Subject:
             key = f"{self.seed}/{law}/{dtype}/{number}".encode()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:6], "big"))
             mixer = self.build(dtype, generator)
-            case = Case(mixer, dtype, generator, self.trace)
+            case = Case(mixer, dtype, generator, self.trace, cache=self.cache)
             case.shared = {name: case.normal(*shape, leaf=True) for name, shape in mixer.shared_inputs().items()}
             yield case

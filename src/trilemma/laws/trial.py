@@ -23,6 +23,7 @@ from trilemma.laws.subject import Subject
 from trilemma.laws.training import training
 from trilemma.laws.truth import truth
 from trilemma.mixers.base import Mixer
+from trilemma.state import CacheKind
 
 LAWS: dict[str, Callable[[Subject], None]] = {
     "split": split,
@@ -34,6 +35,8 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "compile": compiling,
     "truth": truth,
 }
+# What is asked of keys and values in 8 bits, through which no gradient passes: past and future follow from the split.
+CACHE_LAWS = ("split", "raggedness", "state", "cost")
 
 
 def check(
@@ -46,18 +49,20 @@ def check(
     command: str | None = None,
     slow: bool = True,
     device: str = "cpu",
+    cache: CacheKind = None,
 ) -> Report:
     """Holds a mixer to the laws.
 
     Args:
         factory: builds a fresh mixer, float32, d_model of 32 or so (the laws randomise its weights); called often.
-        laws: names out of `LAWS`; None: all.
+        laws: names out of `LAWS`; None: all that say something about this kind of cache.
         level: quick (about ten seconds for the mixers here) or full (a minute).
         seed: of all draws; None: a random one, which the report names.
         subject: what the report calls the mixer; None: its class's name.
         command: a command that runs this check with `--law ... --seed ...` appended; None: this function's call.
         slow: at level quick too, compile and run long sequences.
         device: where the mixer runs.
+        cache: how keys and values are held, see `Mixer.cache`.
 
     Returns:
         The report; a failure names law, first token and tensor, the size of the error, and how to see it again.
@@ -65,21 +70,25 @@ def check(
     Raises:
         ConfigError: unknown law or level, or the factory gives no mixer.
     """
-    chosen = list(LAWS if laws is None else laws)
+    known = LAWS if cache is None else CACHE_LAWS
+    chosen = list(known if laws is None else laws)
     for name in chosen:
         if name not in LAWS:
             raise ConfigError(f'unknown law "{name}"{nearest(name, LAWS)}')
+        if name not in known:
+            raise ConfigError(f"the law of {name} says nothing about a cache in 8 bits; it has: {', '.join(known)}")
     seed = secrets.randbelow(2**31) if seed is None else seed
     results = []
     with _placed(device):
-        subject = subject or Subject(factory, seed, level, slow).title
+        subject = subject or Subject(factory, seed, level, slow, cache).title
     for name in chosen:
         if command is None:
-            again = f'trilemma.laws.check(factory, laws=["{name}"], seed={seed}, level="{level}")'
+            held = "" if cache is None else f', cache="{cache}"'
+            again = f'trilemma.laws.check(factory, laws=["{name}"], seed={seed}, level="{level}"{held})'
         else:
             again = f"{command} --law {name} --seed {seed} --level {level}"
         with _placed(device):
-            results.append(_try(name, Subject(factory, seed, level, slow), again))
+            results.append(_try(name, Subject(factory, seed, level, slow, cache), again))
     return Report(subject, seed, level, tuple(results))
 
 

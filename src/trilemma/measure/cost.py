@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trilemma.errors import CapabilityError, ConfigError, LengthError
 from trilemma.machine import Ceilings, ceilings, synchronize
 from trilemma.measure.memory import PeakMemory
-from trilemma.models import ModelState, SequenceModel, pack, products
+from trilemma.models import ModelState, SequenceModel, pack, path_of, products
 from trilemma.ops import backends
 
 # Random tokens are drawn above the special ids (pad 0 ... mask 5), so that nothing ends early or is masked.
@@ -234,7 +234,7 @@ class _Bench:
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.new_tokens, self.repeats, self.max_seconds, self.seed = new_tokens, repeats, max_seconds, seed
         self.limits = limits or ceilings(self.device.type)
-        self.path = f"{backends.path()}/{self.device.type}/{products(model)}"
+        self.path = path_of(model)
         self.has_encoder = model.layout == "encoder-decoder"
 
     def cell(self, context: int, batch: int, source_length: int | None) -> DecodeCost:
@@ -350,12 +350,16 @@ class _Bench:
 def _prepared(model: SequenceModel, dtype: torch.dtype | None) -> SequenceModel:
     """A copy that decodes as `trilemma generate` does: in evaluation mode, and packed where this machine packs.
 
-    A packed model, which cannot be copied, is ready as it is.
+    A model that is ready for inference may hold weights that cannot be copied: it is taken as it is.
     """
     kind = products(model)
     if dtype not in (None, model.dtype) and ("packed" in kind or "int8" in kind):
         raise CapabilityError(f"the weights are {kind}: they cannot be measured as {dtype}")
-    return model.eval() if "packed" in kind else pack(copy.deepcopy(model).to(dtype=dtype).eval())
+    return (
+        model.eval()
+        if "packed" in kind or kind == "int8-in-float32"
+        else pack(copy.deepcopy(model).to(dtype=dtype).eval())
+    )
 
 
 def _random_tokens(model: SequenceModel, batch: int, length: int, seed: int) -> Tensor:

@@ -16,8 +16,7 @@ from trilemma.measure.answers import Answer, find_answers
 from trilemma.measure.calibration import at_temperature
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.vectors import Pooling, text_vectors
-from trilemma.models import SequenceModel, products
-from trilemma.ops import backends
+from trilemma.models import SequenceModel, path_of
 from trilemma.runs import RunDirectory
 
 
@@ -58,8 +57,8 @@ class Reader:
 
     @property
     def path(self) -> str:
-        """How the model is executed: form, device and weights, such as "plain/cpu/packed-float32"."""
-        return f"{backends.path()}/{torch.device(self.device).type}/{products(self.model)}"
+        """How the model is executed: form, device, weights and cache, such as "plain/cpu/packed-float32"."""
+        return path_of(self.model)
 
     def classify(self, lines: Sequence[str], first_line: int = 1, raw: bool = False) -> list[Classified]:
         """The likeliest label and all probabilities for each line.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError, LengthError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KeyValues, KVCache, RingCache
+from trilemma.nn.coded_cache import CodedCache, CodedRing, as_kept, make_cache, make_ring, token_bytes
 from trilemma.nn.norms import RMSNorm
 from trilemma.nn.positions import (
     RotaryScaling,
@@ -64,7 +65,7 @@ class Attention(Mixer):
         bias: of the projections.
     """
 
-    capabilities = Capabilities(causal=True, bidirectional=True, prefix=True, rewinds=True)
+    capabilities = Capabilities(causal=True, bidirectional=True, prefix=True, rewinds=True, keeps_keys=True)
 
     def __init__(
         self,
@@ -172,22 +173,20 @@ class Attention(Mixer):
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache | RingCache:
+    ) -> KVCache | RingCache | CodedCache | CodedRing:
         """A growing or reserved cache; a ring where there is a window."""
         if self.window is not None:
-            return RingCache.empty(rows, self.num_kv_heads, self.head_dim, self.window, rewind, dtype, device)
-        return KVCache.empty(rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
+            return make_ring(self.cache, rows, self.num_kv_heads, self.head_dim, self.window, rewind, dtype, device)
+        return make_cache(self.cache, rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
 
     def mix(
         self, x: Tensor, state: State | None, ragged: Ragged | None, shared: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         batch, length, _ = x.shape
-        assert state is None or isinstance(state, (KVCache, RingCache))
+        assert state is None or isinstance(state, (KVCache, RingCache, CodedCache, CodedRing))
         valid = ragged.valid(length) if ragged is not None else None
-        offset: Tensor | int = 0
-        if state is not None:
-            offset = state.bound if isinstance(state, KVCache) and state.uniform else state.lengths
+        offset: Tensor | int = 0 if state is None else state.offset
         positions = call_positions(length, ragged, offset, x.device)
         inner = self.num_heads * self.head_dim
         projected, gate = self.qkv(x), None
@@ -197,6 +196,7 @@ class Attention(Mixer):
         matched, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         queries, keys = self._placed(matched, positions)
         if state is None:
+            keys, values = as_kept(self.cache, keys, values)
             mixed = self._attend_call(queries, keys, values, positions, ragged, valid, shared)
             after: State | None = None
         else:
@@ -335,9 +335,9 @@ class Attention(Mixer):
         return projections + 4 * inner * pairs
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """2 g d_h elements a token held."""
+        """2 g d_h elements a token held; in 8 bits 2 g scales more."""
         held = length if self.window is None else min(length, self.window)
-        return 2 * self.kv_width * held * dtype.itemsize
+        return held * token_bytes(self.cache, self.num_kv_heads, self.head_dim, dtype)
 
 
 def _check_xpos(positions: Tensor, base: float) -> None:

@@ -26,7 +26,7 @@ from trilemma.errors import CapabilityError, ConfigError, nearest
 from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.registry import mixer_class
-from trilemma.state import State, updated
+from trilemma.state import CacheKind, State, updated
 
 # What the layers of one stack share during one call: its learned tensors, and what layers make for later ones.
 Shared = MutableMapping[str, Any]
@@ -46,6 +46,7 @@ class Capabilities:
         constant_state: the State's size does not grow with the tokens read.
         reads_memory: reads a State that another part produced and appends nothing itself (cross-attention).
         rewinds: its own State can take tokens back; otherwise the base class replays them.
+        keeps_keys: its State holds keys and values, in 8 bits if `Mixer.cache` says so.
         compiles: True, or the reason why `torch.compile` is not used.
     """
 
@@ -55,6 +56,7 @@ class Capabilities:
     constant_state: bool = False
     reads_memory: bool = False
     rewinds: bool = False
+    keeps_keys: bool = False
     compiles: bool | str = True
 
 
@@ -67,6 +69,8 @@ class Mixer(nn.Module, ABC):
         d_model: width of input and output.
         causal: the direction that this instance was built for.
         compiles: the capability, for this instance.
+        cache: how keys and values are held, where `capabilities.keeps_keys`: None: as activations are; or "int8", for
+            inference only. Set before the first State is made.
     """
 
     name: ClassVar[str] = ""
@@ -82,6 +86,7 @@ class Mixer(nn.Module, ABC):
         self.d_model = d_model
         self.causal = causal
         self.compiles: bool | str = able.compiles
+        self.cache: CacheKind = None
 
     @classmethod
     def law_variants(cls) -> list[dict[str, Any]]:

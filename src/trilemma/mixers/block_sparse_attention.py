@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.errors import ConfigError
-from trilemma.mixers.base import Mixer
+from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KVCache, RingCache
+from trilemma.nn.coded_cache import CodedCache, CodedRing, as_kept, make_cache, make_ring, token_bytes
 from trilemma.nn.convolution import extended, next_tail
 from trilemma.nn.positions import rotate, rotation_frequencies
 from trilemma.ops.block_sparse import (
@@ -78,8 +79,8 @@ class BlockSparseState(State):
 
     growing: ClassVar[dict[str, int]] = {"keys": 2, "values": 2}
 
-    selected: KVCache
-    window: RingCache
+    selected: KVCache | CodedCache
+    window: RingCache | CodedRing
     tail: Tensor
     keys: Tensor
     values: Tensor
@@ -96,7 +97,7 @@ class BlockSparseState(State):
     def reserve(self, tokens: int) -> BlockSparseState:
         """Room for the keys and the compressed blocks of `tokens` tokens."""
         selected = self.selected.reserve(tokens)
-        missing = ended_blocks(selected.keys.shape[2], self.size, self.stride) - self.keys.shape[2]
+        missing = ended_blocks(selected.capacity, self.size, self.stride) - self.keys.shape[2]
         if missing <= 0:
             return replace(self, selected=selected)
         keys, values = (nn.functional.pad(room, (0, 0, 0, missing)) for room in (self.keys, self.values))
@@ -144,6 +145,8 @@ class BlockSparseAttention(Mixer):
         bias: of the projections.
         chunk_size: tokens worked on at a time; changes memory and speed, never the answer.
     """
+
+    capabilities = Capabilities(keeps_keys=True)
 
     def __init__(
         self,
@@ -264,8 +267,8 @@ class BlockSparseAttention(Mixer):
         room = (2, rows, heads, sizes.ended(capacity or 0), dim)
         keys, values = torch.zeros(room, dtype=dtype, device=device).unbind(0)
         return BlockSparseState(
-            selected=KVCache.empty(rows, heads, dim, capacity, dtype, device),
-            window=RingCache.empty(rows, heads, dim, sizes.window, 0, dtype, device),
+            selected=make_cache(self.cache, rows, heads, dim, capacity, dtype, device),
+            window=make_ring(self.cache, rows, heads, dim, sizes.window, 0, dtype, device),
             tail=torch.zeros(rows, sizes.compress - 1, 2 * self.kv_width, dtype=dtype, device=device),
             keys=keys,
             values=values,
@@ -279,9 +282,7 @@ class BlockSparseAttention(Mixer):
         """See `Mixer.forward`."""
         length, kv_heads = x.shape[1], self.num_kv_heads
         assert state is None or isinstance(state, BlockSparseState)
-        offset: Tensor | int = 0
-        if state is not None:
-            offset = state.selected.bound if state.selected.uniform else state.selected.lengths
+        offset: Tensor | int = 0 if state is None else state.selected.offset
         positions = call_positions(length, ragged, offset, x.device)
         turned, straight, raw, gates = self.project(x).split(self.widths, dim=-1)
         turned = self._placed(turned.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), positions)
@@ -290,6 +291,7 @@ class BlockSparseAttention(Mixer):
         selected, window = zip(keys, values, strict=True)
         if state is None:
             after = None
+            selected, window = as_kept(self.cache, *selected), as_kept(self.cache, *window)
             compressed, places = self._whole(raw, positions, ragged)
         else:
             compressed, selected, window, places, after = self._carried(raw, selected, window, positions, ragged, state)
@@ -339,7 +341,7 @@ class BlockSparseAttention(Mixer):
         near, ring = state.window.append(*window, lengths)
         line = extended(raw, state.tail, sizes.compress)
         tail = next_tail(state.tail, line, ragged)
-        after = replace(state, selected=cache, window=ring, tail=tail).reserve(cache.keys.shape[2])
+        after = replace(state, selected=cache, window=ring, tail=tail).reserve(cache.capacity)
         if new:
             block = (begun[:, None] + torch.arange(new, device=raw.device)) * sizes.stride
             # Token 0 of the call lies at compress - 1 on the line.
@@ -348,7 +350,7 @@ class BlockSparseAttention(Mixer):
         assert near.positions is not None
         places = Places(positions, near.positions, earlier, held=fine.keys.shape[2])
         # All the room of what is looked up: a part of it would have to be copied.
-        return (after.keys, after.values), (cache.keys, cache.values), (near.keys, near.values), places, after
+        return (after.keys, after.values), cache.room(), (near.keys, near.values), places, after
 
     def _compress(self, line: Tensor, starts: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """One key and one value [B, G, N, D] of each block.
@@ -388,7 +390,8 @@ class BlockSparseAttention(Mixer):
         return projections + pooling + 4 * inner * (coarse + pairs)
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """2 g D elements for each token, each of the last w tokens, each compressed block, and the tail's l - 1."""
+        """2 g D elements for each token, each of the last w tokens, each compressed block, and the tail's l - 1; the
+        first two in 8 bits, where asked for, with 2 g scales more."""
         sizes = self.sizes
-        held = length + min(length, sizes.window) + sizes.ended(length) + sizes.compress - 1
-        return 2 * self.kv_width * held * dtype.itemsize
+        cached = (length + min(length, sizes.window)) * token_bytes(self.cache, self.num_kv_heads, self.head_dim, dtype)
+        return cached + 2 * self.kv_width * (sizes.ended(length) + sizes.compress - 1) * dtype.itemsize

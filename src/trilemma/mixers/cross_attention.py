@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, MemoryMixer
 from trilemma.nn.cache import KVCache
+from trilemma.nn.coded_cache import CodedCache, make_cache, token_bytes
 from trilemma.ops.attention import ATTEND, attend, attention_mask
 from trilemma.ops.truth import TruthPair
 from trilemma.ragged import Ragged, zero_padding
@@ -36,7 +37,7 @@ class Memory(State):
         group: rows of one source where every source has equally many, side by side, in order; 0 otherwise.
     """
 
-    cache: KVCache
+    cache: KVCache | CodedCache
     source: Tensor
     group: int
 
@@ -70,7 +71,7 @@ class CrossAttention(MemoryMixer):
         memory_width: width of the memory; None: d_model.
     """
 
-    capabilities = Capabilities(causal=False, reads_memory=True, prefix=True, rewinds=True)
+    capabilities = Capabilities(causal=False, reads_memory=True, prefix=True, rewinds=True, keeps_keys=True)
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class CrossAttention(MemoryMixer):
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
     ) -> Memory:
         """A memory without tokens; `remember` fills it."""
-        cache = KVCache.empty(rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
+        cache = make_cache(self.cache, rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
         return Memory(cache, torch.arange(rows, device=device), 1)
 
     def remember(self, memory: Tensor, lengths: Tensor | None = None, state: Memory | None = None) -> Memory:
@@ -131,9 +132,8 @@ class CrossAttention(MemoryMixer):
         memory = zero_padding(memory, None if lengths is None else Ragged(lengths=lengths).valid(length))
         keys, values = self.key_value(memory).view(batch, length, 2, self.num_kv_heads, self.head_dim).unbind(2)
         if state is None:
-            cache = KVCache.empty(batch, self.num_kv_heads, self.head_dim, 0, keys.dtype, keys.device)
-            cache = replace(cache, fixed=False).reserve(length)
-            state = Memory(cache, torch.arange(batch, device=keys.device), 1)
+            empty = make_cache(self.cache, batch, self.num_kv_heads, self.head_dim, None, keys.dtype, keys.device)
+            state = Memory(empty.reserve(length), torch.arange(batch, device=keys.device), 1)
         _, cache = state.cache.append(keys.transpose(1, 2), values.transpose(1, 2), lengths)
         return replace(state, cache=cache)
 
@@ -144,18 +144,15 @@ class CrossAttention(MemoryMixer):
         assert isinstance(state, Memory)
         batch, length, _ = x.shape
         cache = state.cache
-        keys, values = cache.keys[:, :, : cache.bound], cache.values[:, :, : cache.bound]
-        lengths = cache.lengths
-        group = state.group
+        seen, group = cache.held(), state.group
+        keys, values, where = seen.keys, seen.values, seen.positions
         if group == 0:
             keys, values = keys.index_select(0, state.source), values.index_select(0, state.source)
-            lengths, group = lengths.index_select(0, state.source), 1
+            where, group = None if where is None else where.index_select(0, state.source), 1
         # Rows of one source are just more queries of it.
         queries = self.query(x).view(batch // group, group * length, self.num_heads, self.head_dim).transpose(1, 2)
         mask = None
-        if not cache.uniform:
-            held = torch.arange(keys.shape[2], device=x.device)[None, :]
-            where = torch.where(held < lengths[:, None], held, -1)
+        if where is not None:
             mask = attention_mask(where[:, :1], where, causal=False)
             mask = mask.expand(-1, -1, group * length, -1)
         mixed = attend(queries, keys.to(queries.dtype), values.to(queries.dtype), mask, scale=self.scale)
@@ -179,4 +176,4 @@ class CrossAttention(MemoryMixer):
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """`length` is the memory's."""
-        return 2 * self.kv_width * length * dtype.itemsize
+        return length * token_bytes(self.cache, self.num_kv_heads, self.head_dim, dtype)

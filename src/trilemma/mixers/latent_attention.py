@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, Mixer
 from trilemma.nn.cache import KVCache
+from trilemma.nn.coded_cache import CodedCache, as_kept, make_cache, token_bytes
 from trilemma.nn.norms import RMSNorm
 from trilemma.nn.positions import rotate, rotation_frequencies
 from trilemma.ops.attention import ATTEND, attend, attention_mask
@@ -56,7 +57,7 @@ class LatentAttention(Mixer):
         rotary_base: of the rotation, whose pairs are neighbours.
     """
 
-    capabilities = Capabilities(bidirectional=True, prefix=True, rewinds=True)
+    capabilities = Capabilities(bidirectional=True, prefix=True, rewinds=True, keeps_keys=True)
 
     def __init__(
         self,
@@ -117,25 +118,26 @@ class LatentAttention(Mixer):
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    ) -> KVCache | CodedCache:
         """A growing or reserved cache of [c; r]; the values are part of the keys."""
-        return KVCache.empty(rows, 1, self.kv_lora_rank + self.rope_head_dim, capacity, dtype, device, value_dim=0)
+        return make_cache(self.cache, rows, 1, self._kept_width, capacity, dtype, device, value_dim=0)
 
     def mix(
         self, x: Tensor, state: State | None, ragged: Ragged | None, shared: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         length = x.shape[1]
-        assert state is None or isinstance(state, KVCache)
+        assert state is None or isinstance(state, (KVCache, CodedCache))
         offset: Tensor | int = 0
         if state is not None:
-            offset = state.bound if state.uniform else state.lengths
+            offset = state.offset
             check_prefix(ragged, length, offset)
         positions = call_positions(length, ragged, offset, x.device)
         queries, latents = self._projected(x, positions)
         prefix = ragged.prefix if ragged is not None and self.causal else None
-        after: KVCache | None = None
+        after: State | None = None
         if state is None:
+            latents, _ = as_kept(self.cache, latents, latents[..., :0])
             valid = ragged.valid(length) if ragged is not None else None
             packed = ragged is not None and ragged.is_packed
             plain = valid is None or (self.causal and not packed)  # padding comes last: causal queries never see it
@@ -229,5 +231,9 @@ class LatentAttention(Mixer):
         return 2 * (length * weights + self.num_heads * (projected + mixed))
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """C + R elements a token."""
-        return (self.kv_lora_rank + self.rope_head_dim) * length * dtype.itemsize
+        """C + R elements a token; in 8 bits a scale more."""
+        return length * token_bytes(self.cache, 1, self._kept_width, dtype, value_dim=0)
+
+    @property
+    def _kept_width(self) -> int:
+        return self.kv_lora_rank + self.rope_head_dim

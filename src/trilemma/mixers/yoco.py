@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trilemma.errors import ConfigError
 from trilemma.mixers.base import Capabilities, Mixer, Shared
 from trilemma.nn.cache import KVCache
+from trilemma.nn.coded_cache import CodedCache, as_kept, make_cache, token_bytes
 from trilemma.nn.positions import rotate, rotation_frequencies
 from trilemma.ops.attention import ATTEND, attend, attention_mask
 from trilemma.ops.truth import TruthPair
@@ -66,7 +67,7 @@ class YOCO(Mixer):
         producer: this layer writes the cache; all others have only queries and an output projection.
     """
 
-    capabilities = Capabilities(causal=True, bidirectional=True, prefix=True, rewinds=True)
+    capabilities = Capabilities(causal=True, bidirectional=True, prefix=True, rewinds=True, keeps_keys=True)
 
     def __init__(
         self,
@@ -133,11 +134,11 @@ class YOCO(Mixer):
 
     def new_state(
         self, rows: int, capacity: int | None, rewind: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache | NoState:
+    ) -> KVCache | CodedCache | NoState:
         """The cache, in the layer that writes it."""
         if self.key_value is None:
             return NoState()
-        return KVCache.empty(rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
+        return make_cache(self.cache, rows, self.num_kv_heads, self.head_dim, capacity, dtype, device)
 
     def mix(
         self, x: Tensor, state: State | None, ragged: Ragged | None, shared: Shared | None
@@ -157,12 +158,10 @@ class YOCO(Mixer):
 
     def _written(self, key_value: Tensor, state: State | None, ragged: Ragged | None) -> tuple[View, State | None]:
         """The cache with the call's keys and values [B, L, 2 G D] in it."""
-        assert state is None or isinstance(state, KVCache)
+        assert state is None or isinstance(state, (KVCache, CodedCache))
         batch, length, _ = key_value.shape
         valid = ragged.valid(length) if ragged is not None else None
-        offset: Tensor | int = 0
-        if state is not None:
-            offset = state.bound if state.uniform else state.lengths
+        offset: Tensor | int = 0 if state is None else state.offset
         positions = call_positions(length, ragged, offset, key_value.device)
         keys, values = key_value.view(batch, length, 2, self.num_kv_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         angles = self._angles(positions, key_value.dtype)
@@ -170,6 +169,7 @@ class YOCO(Mixer):
             keys = rotate(keys, angles)
         prefix = ragged.prefix if ragged is not None and self.causal else None
         if state is None:
+            keys, values = as_kept(self.cache, keys, values)
             segments = ragged.segments if ragged is not None else None
             # Padding comes last: causal queries never see it.
             if segments is None and prefix is None and (self.causal or valid is None):
@@ -212,4 +212,6 @@ class YOCO(Mixer):
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """2 g d_h elements a token in the writer, nothing in the others."""
-        return 2 * self.kv_width * length * dtype.itemsize if self.key_value is not None else 0
+        if self.key_value is None:
+            return 0
+        return length * token_bytes(self.cache, self.num_kv_heads, self.head_dim, dtype)

@@ -17,7 +17,7 @@ from trilemma.mixers.base import Mixer
 from trilemma.models.stack import Stack, make_stack
 from trilemma.nn.embedding import Embedding, PositionState
 from trilemma.nn.feedforward import activation_function
-from trilemma.nn.linear import Int8Embedding, PackedInt8Linear, PackedLinear
+from trilemma.nn.linear import HeldInt8Linear, Int8Embedding, PackedInt8Linear, PackedLinear
 from trilemma.nn.norms import make_norm
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.state import State, TupleState
@@ -232,8 +232,9 @@ class SequenceModel(nn.Module, ABC):
         """Counted weights: total, embedding (tables of tokens, positions, types, and an untied output), and the
         rest."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        if self.config.tie_embeddings and isinstance(self.projection, PackedLinear | PackedInt8Linear):
-            total -= self.projection.weight.numel()  # the table again, in another order
+        again = PackedLinear | PackedInt8Linear | HeldInt8Linear
+        if self.config.tie_embeddings and isinstance(self.projection, again):
+            total -= self.projection.out_features * self.projection.in_features  # the table, in another form
         tables = [module for module in self.modules() if isinstance(module, nn.Embedding | Int8Embedding)]
         embedding = sum(parameter.numel() for module in tables for parameter in module.parameters())
         if not self.config.tie_embeddings and self.config.num_labels is None and self.config.vocab_size is not None:

@@ -10,10 +10,10 @@ from torch import nn
 from trilemma.errors import CapabilityError
 from trilemma.models.layouts import SequenceModel
 from trilemma.nn.embedding import Embedding
-from trilemma.nn.linear import Int8Embedding, Int8Linear, PackedInt8Linear, PackedLinear, packs
+from trilemma.nn.kernels import codes_pack, least_packed
+from trilemma.nn.linear import HeldInt8Linear, Int8Embedding, Int8Linear, PackedInt8Linear, PackedLinear
 
 _NARROWEST = 32  # narrower layers make gates and step sizes: small, and sensitive
-_SMALLEST = 1 << 16  # weights of a layer from which on packing pays; below, the kernel's call costs more
 _PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -39,26 +39,37 @@ def quantize(model: SequenceModel) -> SequenceModel:
 
 
 def pack(model: SequenceModel) -> SequenceModel:
-    """Packs large linear layers for inference, in place, where this machine's kernels take packed weights.
+    """Makes linear layers ready for inference on this CPU, in place.
+
+    8-bit codes are packed where the processor's 8-bit sums are exact, and kept as float32 numbers elsewhere; large
+    layers of other weights are packed where that pays (`trilemma.nn.kernels`).
 
     The model can be used afterwards, but neither trained nor saved nor moved. `products` tells what it runs on.
     """
-    if model.device.type != "cpu" or model.dtype not in _PACKED_TYPES or not packs():
+    if model.device.type != "cpu" or model.dtype not in _PACKED_TYPES:
         return model
-    if model.projection is None and model.config.num_labels is None:
-        weight = model.embedding.tokens.weight if model.output is None else model.output.weight
-        if weight.numel() >= _SMALLEST:
-            model.projection, model.output = PackedLinear(weight, model.logit_bias), None
-    _replace(model, _packed)
+    exact, least = codes_pack(), least_packed(model.dtype)
+    _replace(model, lambda module: _ready(module, exact))
+    if least is not None:
+        if model.projection is None and model.config.num_labels is None:
+            weight = model.embedding.tokens.weight if model.output is None else model.output.weight
+            if weight.numel() >= least:
+                model.projection, model.output = PackedLinear(weight, model.logit_bias), None
+        _replace(model, lambda module: _packed(module, least))
     return model
 
 
 def products(model: SequenceModel) -> str:
-    """What a model's matrix products run on: the weights' type, such as "int8", or of packed ones "packed-float32"."""
+    """What a model's matrix products run on: the weights' type, such as "float32", of packed ones "packed-float32".
+
+    8-bit codes are "int8" in the plain form, "packed-int8" on the 8-bit kernel, "int8-in-float32" as float32 numbers.
+    """
     kinds = {type(module) for module in model.modules()}
-    coded = kinds & {Int8Linear, PackedInt8Linear}
-    name = "int8" if coded else str(model.dtype).removeprefix("torch.")
-    return f"packed-{name}" if kinds & {PackedLinear, PackedInt8Linear} else name
+    for kind, name in ((PackedInt8Linear, "packed-int8"), (HeldInt8Linear, "int8-in-float32"), (Int8Linear, "int8")):
+        if kind in kinds:
+            return name
+    name = str(model.dtype).removeprefix("torch.")
+    return f"packed-{name}" if PackedLinear in kinds else name
 
 
 def _code_tables(model: SequenceModel) -> None:
@@ -75,10 +86,14 @@ def _coded(module: nn.Module) -> nn.Module:
     return module
 
 
-def _packed(module: nn.Module) -> nn.Module:
+def _ready(module: nn.Module, exact: bool) -> nn.Module:
     if isinstance(module, Int8Linear):
-        return module.packed()
-    if type(module) is nn.Linear and module.weight.numel() >= _SMALLEST:
+        return module.packed() if exact else module.held()
+    return module
+
+
+def _packed(module: nn.Module, least: int) -> nn.Module:
+    if type(module) is nn.Linear and module.weight.numel() >= least:
         return PackedLinear(module.weight, module.bias)
     return module
 

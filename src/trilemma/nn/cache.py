@@ -78,6 +78,21 @@ class KVCache(State):
         )
 
     @property
+    def offset(self) -> Tensor | int:
+        """Position of the next token: a number where it is the same in every row, else [B]."""
+        return self.bound if self.uniform else self.lengths
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self.keys.shape[2]
+
+    @property
+    def capacity_nbytes(self) -> int:
+        """Bytes of all the room for keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the keys and values of the tokens held."""
         widths = self.keys.shape[3] + self.values.shape[3]
@@ -113,6 +128,18 @@ class KVCache(State):
         held = torch.arange(read, device=keys.device)[None, :]
         positions = torch.where(held < after.lengths[:, None], held, -1)
         return KeyValues(after.keys[:, :, :read], after.values[:, :, :read], positions), after
+
+    def held(self) -> KeyValues:
+        """All there is to look at, as `append` returns it."""
+        positions = None
+        if not self.uniform:
+            held = torch.arange(self.bound, device=self.keys.device)[None, :]
+            positions = torch.where(held < self.lengths[:, None], held, -1)
+        return KeyValues(self.keys[:, :, : self.bound], self.values[:, :, : self.bound], positions)
+
+    def room(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all the room, [B, H, capacity, D]; zero where nothing was written."""
+        return self.keys, self.values
 
     def _append_uniform(self, keys: Tensor, values: Tensor) -> tuple[KeyValues, KVCache]:
         length, end = keys.shape[2], self.bound + keys.shape[2]
@@ -209,6 +236,16 @@ class RingCache(State):
             taken=torch.zeros(rows, dtype=torch.int64, device=device),
             window=window,
         )
+
+    @property
+    def offset(self) -> Tensor:
+        """[B] position of the next token."""
+        return self.lengths
+
+    @property
+    def capacity_nbytes(self) -> int:
+        """Bytes of the ring."""
+        return self.keys.nbytes + self.values.nbytes
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 A CPU's plain float32 product re-orders the weights at every call, or runs a kernel that does not suit the processor;
 oneDNN's packed one does the work once. 8-bit weights are a fourth of float32's bytes, and their products run on the
-processor's 8-bit units.
+processor's 8-bit units where it has exact ones. Which form a machine should run: `trilemma.nn.kernels`.
 
 Legend: N outputs, K inputs, V vocabulary.
 """
@@ -14,10 +14,11 @@ import functools
 import torch
 from torch import Tensor, nn
 
-INT8 = 127  # codes are -127 to 127: symmetric, so that zero is zero
-_SMALLEST = 1e-30  # scale of a row of zeros
+from trilemma.nn.codes import quantize_rows, row_scales
+
 _SHIFT = 128  # the processor's 8-bit units multiply an unsigned by a signed number
 _PACKED_ROWS = 32  # the number of rows that the packed layout is chosen for
+_EXACT = 1024  # inputs whose products of codes float32 adds without rounding: 1024 * 127^2 < 2^24
 
 
 class PackedLinear(nn.Linear):
@@ -64,13 +65,19 @@ class Int8Linear(nn.Module):
         return cls(codes, scale.squeeze(1).float(), bias)
 
     def packed(self) -> PackedInt8Linear:
-        """The same layer for inference on a CPU."""
+        """The same layer for inference on a CPU whose 8-bit kernel is exact."""
         return PackedInt8Linear(self.codes, self.scale, self.bias)
+
+    def held(self) -> HeldInt8Linear:
+        """The same layer for inference on any other CPU."""
+        return HeldInt8Linear(self.codes, self.scale, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         codes, scale = quantize_rows(x.float())
-        y = codes.float() @ self.codes.float().t() * self.scale * scale
+        pieces = zip(codes.float().split(_EXACT, -1), self.codes.float().split(_EXACT, 1), strict=True)
+        sums: Tensor = functools.reduce(torch.add, (inputs @ weight.t() for inputs, weight in pieces))
+        y = sums * self.scale * scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -108,6 +115,37 @@ class PackedInt8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
+class HeldInt8Linear(nn.Module):
+    """`Int8Linear` whose codes are kept as float32 numbers: the same sums, four bytes a weight. For inference.
+
+    Where a processor has no exact 8-bit products, float32's are the fastest that are. The pieces are ordinary layers,
+    so that large ones can be packed.
+
+    Args:
+        codes, scale, bias: of `Int8Linear`.
+    """
+
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.pieces = nn.ModuleList(_plain(piece.float()) for piece in codes.detach().split(_EXACT, 1))
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else _frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        values = x.float()
+        scale = row_scales(values)
+        inputs = (values / scale).round_().split(_EXACT, -1)
+        sums: Tensor = functools.reduce(
+            torch.add, (piece(part) for piece, part in zip(self.pieces, inputs, strict=True))
+        )
+        y = sums * self.scale * scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
 class Int8Embedding(nn.Module):
     """A table of vectors as 8-bit codes with one scale for each.
 
@@ -134,48 +172,12 @@ class Int8Embedding(nn.Module):
         return nn.functional.embedding(ids, self.codes) * self.scale[ids][..., None]
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest 8-bit codes of each row: x ~ codes * scale.
-
-    Args:
-        x: [..., K]. What is not a number stays one: it goes into the row's scale.
-
-    Returns:
-        codes [..., K] int8, -127 to 127; scale [..., 1].
-    """
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).div_(INT8)
-    return (x / scale).round_().to(torch.int8), scale
-
-
-def quantize_rows_naive(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Reference for `quantize_rows`, for a matrix [rows, K], as the definition is written."""
-    codes, scales = torch.zeros(x.shape, dtype=torch.int8), torch.zeros(len(x), 1, dtype=x.dtype)
-    for row, values in enumerate(x.tolist()):
-        scales[row] = max([abs(value) for value in values] + [_SMALLEST]) / INT8
-        for column, value in enumerate(values):
-            codes[row, column] = round(value / float(scales[row]))
-    return codes, scales
-
-
-@functools.cache
-def packs() -> bool:
-    """Whether this build of torch packs weights for the CPU, and gets the same results with them.
-
-    The kernels are torch's own but not part of its public interface: they are tried once, against the plain form.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((24, 40), (24,), (3, 40)))
-    plain = nn.Linear(40, 24, device="meta")
-    plain.weight, plain.bias = _frozen(weight), _frozen(bias)
-    coded = Int8Linear.of(plain, bias)
-    try:
-        same = [(PackedLinear(weight, bias)(x), plain(x)), (coded.packed()(x), coded(x))]
-    except (AttributeError, RuntimeError):  # of a build without these kernels
-        return False
-    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in same)
-
-
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _plain(weight: Tensor) -> nn.Linear:
+    """A linear layer [N, K] of this weight, without bias."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = _frozen(weight.contiguous())
+    return layer

@@ -6,6 +6,7 @@
         scores.json outputs.SPLIT.txt             written by `trilemma evaluate`
         manifest.json                             SHA-256 of each file above
         metrics.jsonl                             one JSON object a line, appended
+        failure.json                              the step that ended training, and why; gone once it goes on
         checkpoints/step-00000500/                model.safetensors optimizer.safetensors trainer.json manifest.json
 
 A checkpoint is written as a hidden folder, synced file by file, manifest last, and then renamed into place: under its
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from trilemma import config as configs
 from trilemma.config import RunConfig
-from trilemma.errors import CheckpointError, ConfigError
+from trilemma.errors import CheckpointError, ConfigError, TrainingError
 from trilemma.runs import files, manifest, tensors
 from trilemma.runs.files import PARTIAL, Digest, Payload
 from trilemma.runs.lock import RunLock
@@ -39,6 +40,7 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 METRICS = "metrics.jsonl"
+FAILURE = "failure.json"
 SUMMARY = "summary.json"
 SCORES = "scores.json"
 CALIBRATION = "calibration.json"
@@ -260,6 +262,27 @@ class RunDirectory:
         ]
         text = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
         files.replace_file(self.path / METRICS, text)
+
+    # --- a failure ---
+
+    def write_failure(self, error: TrainingError) -> None:
+        """Keeps why training ended before its time."""
+        files.replace_file(self.path / FAILURE, to_json({"step": error.step, "message": str(error)}))
+
+    def read_failure(self) -> TrainingError | None:
+        """Why training ended before its time; None where it did not, or went on."""
+        if files.file_size(self.path / FAILURE) is None:
+            return None
+        try:
+            values = json.loads(files.read_file(self.path / FAILURE, _TEXT_LIMIT))
+            return TrainingError(str(values["message"]), values["step"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{self.path / FAILURE}: not a failure's record; remove it") from None
+
+    def clear_failure(self) -> None:
+        """Forgets a failure: training goes on."""
+        if files.file_size(self.path / FAILURE) is not None:
+            files.remove_tree(self.path / FAILURE)
 
     # --- checkpoints ---
 

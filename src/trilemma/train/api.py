@@ -12,7 +12,7 @@ import torch
 
 from trilemma.config import RunConfig, load_config, parse
 from trilemma.data import Dataset, Tokenizer, prepare
-from trilemma.errors import CheckpointError, ConfigError
+from trilemma.errors import CheckpointError, ConfigError, TrainingError
 from trilemma.machine import keep_freed_memory
 from trilemma.models import SequenceModel, build_model
 from trilemma.ops import backends
@@ -102,7 +102,7 @@ def train(
         signals = stack.enter_context(listening())
         trainer = Trainer(found.config, model, found.dataset, directory, processes, display, follow, signals, callbacks)
         _begin(trainer, step, resume)
-        reason = trainer.run()
+        reason = _trained(trainer)
         if not _is_finished(directory, trainer.counters.step):
             summary = finish(trainer, reason)
             display.say(
@@ -195,6 +195,19 @@ def _begin(trainer: Trainer, step: int | None, resume: bool) -> None:
         trainer.display.say(f"resumed after step {step:,}")
     elif resume:
         trainer.display.say("no checkpoint yet: starting from the beginning")
+
+
+def _trained(trainer: Trainer) -> str:
+    """Trains to the end; a loss that is not a number is also kept in the run, for whoever started this process."""
+    first, directory = trainer.processes.is_first, trainer.directory
+    if first:
+        directory.clear_failure()
+    try:
+        return trainer.run()
+    except TrainingError as error:
+        if first:
+            directory.write_failure(error)
+        raise
 
 
 def _is_finished(directory: RunDirectory, step: int) -> bool:

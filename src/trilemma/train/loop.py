@@ -198,7 +198,8 @@ class Trainer:
             what = f"the loss is {losses[bad[0]]}" if bad else f"the gradient norm is {norm}"
             raise TrainingError(
                 f"step {number}: {what} in {where} (seed {self.config.seed}); no weight was changed, {self._kept()}. "
-                "Lower training.learning_rate, lengthen training.warmup_steps or set training.precision=float32"
+                "Lower training.learning_rate, lengthen training.warmup_steps or set training.precision=float32",
+                number,
             )
         if limit is not None and norm > limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, total, foreach=True)
