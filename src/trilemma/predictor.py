@@ -86,12 +86,13 @@ class Generated:
     Attributes:
         index: the line's number, from 0.
         outputs: best first, at least one; a single empty text for an empty line or a skipped one.
-        skipped: why the line was not read, or None.
+        skipped: why the line was not read, or None. unknown: how many of its tokens the tokenizer did not know.
     """
 
     index: int
     outputs: list[Output]
     skipped: str | None = None
+    unknown: int = 0
 
     @property
     def text(self) -> str:
@@ -312,7 +313,8 @@ class Predictor(Reader):
         sources = [lines[request.index - first].text for request in requests]
         outputs = write(self.whole, self._prompts, requests, sources, settings, self.device)
         for request, written in zip(requests, outputs, strict=True):
-            results[request.index] = Generated(request.index, [_output(one) for one in written])
+            unknown = (request.source or request.prompt).count(self.tokenizer.unk)
+            results[request.index] = Generated(request.index, [_output(one) for one in written], unknown=unknown)
         return [results[index] for index in sorted(results)], failure
 
     def _readable(self, request: Request | TooLong) -> Request:

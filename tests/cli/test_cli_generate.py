@@ -14,10 +14,11 @@ import pytest
 
 import trilemma
 from trilemma import laws
-from trilemma.cli.generate import read_lines
+from trilemma.cli.generate import Totals, _report, read_lines
 from trilemma.cli.main import main
 from trilemma.errors import DataError, LawError
 from trilemma.mixers.base import Mixer
+from trilemma.predictor import Generated, Output
 
 MakeRun = Callable[..., Path]
 LINES = ["twenty-one", "", "a", "naïve – 犬", "   ", "zzz zzz"]
@@ -272,3 +273,12 @@ def test_a_hundred_thousand_lines_stream_in_bounded_memory(make_run: MakeRun) ->
     assert peak_kib(run, 100_000) < bound
     # planted: a window that holds everything
     assert peak_kib(run, 100_000, "--window", "1000000") > bound
+
+
+def test_lines_with_unknown_characters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output("x", 0.0, 0.0, 1, True)
+    totals = Totals()
+    for number, unknown in enumerate([0, 2, 1]):
+        totals.add(Generated(number, [output], unknown=unknown))
+    _report(totals, "plain")
+    assert "; 2 held characters or words that the tokenizer does not know" in capsys.readouterr().err

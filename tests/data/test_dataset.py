@@ -431,3 +431,13 @@ def test_a_vocabulary_that_was_rounded_up_writes_no_token_without_text(tmp_path:
     assert dataset.resolved(found).decoding.banned == banned
     with pytest.raises(ConfigError, match=r"model\.vocab_size: \d+ is more than 1,024 above the tokenizer's"):
         dataset.resolved(wanted.model_copy(update={"model": sizes[1025]}))
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_counted(tmp_path: Path) -> None:
+    train = {"source": lines(tmp_path / "a", ["ab", "ba"]), "target": lines(tmp_path / "b", ["x", "y"])}
+    valid = {"source": lines(tmp_path / "va", ["a\u2603b\u2603", "ab"]), "target": lines(tmp_path / "vb", ["x", "y"])}
+    dataset, _ = prepare(config("encoder-decoder", {"train": train, "valid": valid}, {"kind": "character"}))
+    notes = {key: note for key, note in dataset.notes.items() if key.startswith("data.unknown")}
+    assert notes == {
+        "data.unknown.valid.source": "2 token(s) that the tokenizer does not know, read as its unknown token"
+    }

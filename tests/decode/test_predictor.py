@@ -154,3 +154,10 @@ def test_the_shortest_positions_of_an_ensemble_are_those_of_its_lines() -> None:
     kept, left = both.generate(lines, over_length="skip", max_length=20)
     assert (kept.skipped, left.text) == (None, "")
     assert kept.outputs[0].tokens <= 8 - 5 + 1
+
+
+def test_unknown_characters_of_a_line_are_counted() -> None:
+    config = parse(RunConfig, {"model": {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}})
+    tokenizer = train_tokenizer(["abc"], TokenizerConfig(kind="character"), lowercase=False)
+    predictor = Predictor(build_model(config.model).eval(), tokenizer, config)
+    assert [line.unknown for line in predictor.generate(["ab", "a\u2603b\u2603", ""], max_length=2)] == [0, 2, 0]

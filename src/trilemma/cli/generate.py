@@ -39,6 +39,7 @@ class Totals:
     empty: int = 0
     skipped: int = 0
     cut: int = 0
+    unknown: int = 0
     tokens: int = 0
     seconds: float = 0.0
     acted: dict[str, int] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Totals:
         self.skipped += line.skipped is not None
         self.empty += line.skipped is None and line.outputs[0].tokens == 0
         self.cut += line.skipped is None and not line.outputs[0].finished
+        self.unknown += line.unknown > 0
         self.tokens += sum(output.tokens for output in line.outputs)
         for key in {key for output in line.outputs for key in output.acted}:
             self.acted[key] = self.acted.get(key, 0) + 1
@@ -232,5 +234,7 @@ def _report(totals: Totals, path: str) -> None:
         parts.append(f"{totals.skipped:,} too long and left empty")
     if totals.cut:
         parts.append(f"{totals.cut:,} outputs cut at the length limit (decoding.max_length, max_ratio, max_extra)")
+    if totals.unknown:
+        parts.append(f"{totals.unknown:,} held characters or words that the tokenizer does not know, read as unknown")
     parts += [f"{_ACTED[key]} on {count:,} lines" for key, count in sorted(totals.acted.items())]
     say("; ".join(parts))

@@ -85,6 +85,7 @@ class Dataset:
         if config.data.lowercase:
             self.notes["data.lowercase"] = "all text, references included, is lower-cased"
         self._note_empty()
+        self._note_unknown()
 
     # Training
 
@@ -226,6 +227,15 @@ class Dataset:
                 empty = sum(int((store.lengths(field) == 0).sum()) for store in parts)
                 if empty:
                     self.notes[f"data.empty.{split}.{field}"] = f"{empty:,} empty line(s), kept as empty sequences"
+
+    def _note_unknown(self) -> None:
+        for split, parts in self.stores.items():
+            for field in FIELDS[self.task]:
+                unknown = sum(store.meta.get("unknown", {}).get(field, 0) for store in parts)
+                if unknown:
+                    self.notes[f"data.unknown.{split}.{field}"] = (
+                        f"{unknown:,} token(s) that the tokenizer does not know, read as its unknown token"
+                    )
 
     def _note_of_copies(self) -> str:
         fields = [field for field in FIELDS[self.task] if field != "label"]

@@ -40,7 +40,7 @@ from trilemma.data.tokenizer import Tokenizer, bring_tokenizer, train_tokenizer
 from trilemma.errors import ConfigError, DataError, nearest
 from trilemma.machine import return_freed_memory
 
-_PREPARE_VERSION = 1
+_PREPARE_VERSION = 2
 _BATCH = 1000
 _CHARACTERS = 1 << 20
 _DOCUMENT_NOTES = {
@@ -221,10 +221,12 @@ class _Input:
 
         def build() -> TokenStore:
             with StoreBuilder(root, key, FIELDS[self.task], keep_text) as builder:
-                self._fill(builder, [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]])
+                encoders = [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]]
+                unknown = self._fill(builder, encoders, tokenizer.unk)
                 lines = self.files and self.documents == "line" and file_format(self.files[0]) == ".txt"
                 line_ends = builder.size if lines and is_streamed(self.task) else 0
-                return builder.publish({"name": self.name, "input": self.key, "line_ends": line_ends})
+                about = {"name": self.name, "input": self.key, "line_ends": line_ends, "unknown": unknown}
+                return builder.publish(about)
 
         return open_or_build(root, key, build)
 
@@ -243,21 +245,27 @@ class _Input:
 
         def build() -> TokenStore:
             with StoreBuilder(root, key, FIELDS[self.task], keep_text=False) as builder:
-                self._fill(builder, [encoder(field) for field in FIELDS[self.task]])
+                self._fill(builder, [encoder(field) for field in FIELDS[self.task]], tokenizer.unk)
                 return builder.publish({"name": self.name, "input": self.key, "copy": number})
 
         return open_or_build(root, key, build)
 
-    def _fill(self, builder: StoreBuilder, encoders: list[Encoder]) -> None:
+    def _fill(self, builder: StoreBuilder, encoders: list[Encoder], unk: int) -> dict[str, int]:
+        """Tokenises all examples; returns how many tokens of each field of text are unknown."""
+        unknown = {field: 0 for field in builder.fields if field != "label"}
         progress = Progress(f"tokenising {self.name}")
         for chunk in _chunks(self.examples()):
             columns = [encode([example[i] for example, _ in chunk]) for i, encode in enumerate(encoders)]
+            for field, column in zip(builder.fields, columns, strict=True):
+                if field in unknown:
+                    unknown[field] += sum(ids.count(unk) for ids in column)
             for row, (example, ends) in enumerate(chunk):
                 for index, field in enumerate(builder.fields):
                     builder.append(field, columns[index][row], example[index])
                 if ends:
                     builder.finish_example()
             progress.add(len(chunk))
+        return unknown
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:

@@ -147,7 +147,7 @@ def _span_loss(head: Head, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor
 
 def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     with _plain(logits):
-        loss: Tensor = _CrossEntropy.apply(logits.to(_loss_dtype(logits)), targets, smoothing)
+        loss: Tensor = _CrossEntropy.apply(logits.to(_loss_dtype(logits)), targets, smoothing)  # type: ignore[no-untyped-call]
         return loss
 
 
