@@ -39,7 +39,7 @@ def test_the_table_names_laws_and_reasons(capsys: pytest.CaptureFixture[str]) ->
         (["gru", "--level", "deep"], 'unknown level "deep" of the laws; valid: quick, full'),
         (["gru", "--device", "gpu"], 'unknown device "gpu"'),
         (["gru", "--variant", "9"], "has the variants 0 to 1; 9 is none of them"),
-        (["gru", "--record", "--law", "split"], "--record writes down all laws and variants"),
+        (["gru", "--record", "--law", "split"], "--record writes down all laws, variants and paths"),
     ],
 )
 def test_mistakes_are_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
