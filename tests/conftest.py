@@ -43,6 +43,7 @@ SLOW_FILES = {
     "cli/test_cli_generate.py",
     "cli/test_cli_main.py",
     "compare/test_execute.py",
+    "compare/test_hostile_text.py",
     "compare/test_report.py",
     "compare/test_tasks.py",
     "runs/test_bit_rot.py",
