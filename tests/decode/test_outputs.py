@@ -91,8 +91,9 @@ def test_the_output_with_the_best_expected_chrf_is_chosen(method: str) -> None:
         assert len({one.text for one in after.outputs}) == len(after.outputs)
         changed += after.text != before.text
     assert changed or method == "beam", "the most probable was always the safest"
-    alone = [predictor.generate([line], mbr=6, **{**settings, "method": "beam"})[0].text for line in lines]
-    assert predictor.translate(lines, mbr=6, **{**settings, "method": "beam"}) == alone
+    beam = {"method": "beam", "beam_size": 6, "mbr": 6}
+    alone = [predictor.generate([line], **beam)[0].text for line in lines]
+    assert predictor.translate(lines, **beam) == alone
 
 
 @pytest.mark.parametrize(

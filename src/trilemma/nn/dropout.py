@@ -30,10 +30,10 @@ class Dropout(nn.Module):
         """[...] -> the same shape; x itself outside training."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type not in ("cpu", "meta") or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
             return nn.functional.dropout(x, self.p)
         scale = 1 / (1 - self.threshold / 2**_BITS)
-        y: Tensor = (x * scale).masked_fill(_below(self.threshold, x.shape, x.device), 0)
+        y: Tensor = (x * scale).masked_fill(_below(self.threshold, x.shape), 0)
         return y
 
     def extra_repr(self) -> str:
@@ -41,11 +41,10 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-def _below(threshold: int, shape: torch.Size, device: torch.device) -> Tensor:
+def _below(threshold: int, shape: torch.Size) -> Tensor:
     """[shape] bool, True with probability threshold / 2^16, from the default generator of the CPU."""
     count = math.prod(shape)
-    draws = torch.empty(-(-count * _BITS // 64), dtype=torch.int64, device=device)
-    draws.random_(-(2**63), None)  # all 64 bits
+    draws = torch.empty(-(-count * _BITS // 64), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     numbers = draws.view(torch.int16)[:count].view(shape)  # uniform from -2^15 to 2^15 - 1
     below: Tensor = numbers < threshold - 2 ** (_BITS - 1)
     return below

@@ -92,11 +92,11 @@ def choose(
 
 def _check_kernels(training: TrainingConfig, model: SequenceModel) -> None:
     """torch's LSTM under autocast asks for a kernel that only CPUs with bfloat16 instructions have."""
-    if training.precision == "bfloat16" and machine.emulates_bfloat16(training.device):
-        if any(isinstance(module, Mixer) and module.name == "lstm" for module in model.modules()):
-            raise CapabilityError(
-                f'mixer "lstm" is not trained in bfloat16 here: {machine.NO_BFLOAT16}; set training.precision=float32'
-            )
+    emulated = training.precision == "bfloat16" and machine.emulates_bfloat16(training.device)
+    if emulated and any(isinstance(module, Mixer) and module.name == "lstm" for module in model.modules()):
+        raise CapabilityError(
+            f'mixer "lstm" is not trained in bfloat16 here: {machine.NO_BFLOAT16}; set training.precision=float32'
+        )
 
 
 def _check_regularisation(config: RunConfig) -> None:
