@@ -157,7 +157,8 @@ def test_the_shortest_positions_of_an_ensemble_are_those_of_its_lines() -> None:
 
 
 def test_unknown_characters_of_a_line_are_counted() -> None:
-    config = parse(RunConfig, {"model": {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}})
     tokenizer = train_tokenizer(["abc"], TokenizerConfig(kind="character"), lowercase=False)
+    sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": tokenizer.vocab_size}
+    config = parse(RunConfig, {"model": sizes})
     predictor = Predictor(build_model(config.model).eval(), tokenizer, config)
     assert [line.unknown for line in predictor.generate(["ab", "a\u2603b\u2603", ""], max_length=2)] == [0, 2, 0]

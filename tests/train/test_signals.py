@@ -44,7 +44,8 @@ def test_signals_at_random_instants(
         if answer["code"] == 128 + blow and times == 1 and begun:
             done = [record["step"] for record in run.read_metrics()] if run.exists() else []
             assert (run.latest_checkpoint() or 0) >= max(done, default=0), "more than the step in progress was lost"
-            assert "Go on with: trilemma train" in answer["log"]
+            # a signal may also come when all is done, and nothing is left to go on with
+            assert "Go on with: trilemma train" in answer["log"] or "\ndone: " in answer["log"]
             assert "Traceback" not in answer["log"]
             saved += run.latest_checkpoint() is not None
         end = runner.train(name, config)
