@@ -43,12 +43,12 @@ def test_the_rest_is_scaled_and_gradients_pass_the_same_mask(dtype: torch.dtype)
     x = torch.randn(3, 5, 7, dtype=dtype).requires_grad_()
     y = Dropout(0.25)(x)
     y.sum().backward()
-    kept = y != 0
+    kept, factor = y != 0, torch.tensor(1 / 0.75, dtype=dtype)
     assert y.dtype == dtype
     assert 0 < kept.sum() < kept.numel()
-    assert torch.equal(y, torch.where(kept, x * (1 / 0.75), 0))
+    assert torch.equal(y, torch.where(kept, x * factor, 0))
     assert x.grad is not None
-    assert torch.equal(x.grad, torch.where(kept, torch.full_like(x, 1 / 0.75), 0))
+    assert torch.equal(x.grad, torch.where(kept, factor, 0))
 
 
 def test_a_function_of_the_seed_whatever_the_threads() -> None:
