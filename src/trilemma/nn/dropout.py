@@ -47,4 +47,3 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         """As of `nn.Dropout`."""
         return f"p={self.p}"
-
