@@ -49,8 +49,10 @@ def test_mistakes_are_one_message(arguments: list[str], message: str, capsys: py
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["verify", "gru", "--device", "cuda"]) == 2
     error = capsys.readouterr().err
     assert "device cuda: torch finds none on this machine; use auto or cpu" in error

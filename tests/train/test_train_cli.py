@@ -57,15 +57,6 @@ def test_bfloat16_without_instructions_for_it_is_obeyed_with_a_warning(
         assert (warning in capsys.readouterr().err) == warned
 
 
-def test_an_lstm_in_bfloat16_without_instructions_for_it_is_one_message(
-    tiny_config: Tiny, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "_instruction_sets", lambda: ("avx2",))
-    file = write(tiny_config(steps=1, precision="bfloat16"))
-    assert main(["train", file, "--out", str(tmp_path / "run"), "model.mixer=lstm"]) == 2
-    assert 'mixer "lstm" is not trained in bfloat16 here: this CPU has no bfloat16' in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

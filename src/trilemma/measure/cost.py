@@ -355,11 +355,9 @@ def _prepared(model: SequenceModel, dtype: torch.dtype | None) -> SequenceModel:
     kind = products(model)
     if dtype not in (None, model.dtype) and ("packed" in kind or "int8" in kind):
         raise CapabilityError(f"the weights are {kind}: they cannot be measured as {dtype}")
-    return (
-        model.eval()
-        if "packed" in kind or kind == "int8-in-float32"
-        else pack(copy.deepcopy(model).to(dtype=dtype).eval())
-    )
+    if "packed" in kind or kind == "int8-in-float32":
+        return model.eval()
+    return pack(copy.deepcopy(model).to(dtype=dtype).eval())
 
 
 def _random_tokens(model: SequenceModel, batch: int, length: int, seed: int) -> Tensor:

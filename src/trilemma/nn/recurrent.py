@@ -38,6 +38,11 @@ def run_kernel(kernel: Kernel, x: Tensor, hidden: Hidden | None, ragged: Ragged 
     Returns:
         outputs [B, L, W], and the hidden tensors after each row's last valid token.
     """
+    if _lacks_autocast(kernel, x.device):
+        precise = None if hidden is None else tuple(tensor.float() for tensor in hidden)
+        with torch.autocast("cpu", enabled=False):
+            y, last = run_kernel(kernel, x.float(), precise, ragged)
+        return y, last
     if ragged is not None and ragged.is_packed:
         return _run_packed(kernel, x, ragged), ()
     valid = ragged.valid(x.shape[1]) if ragged is not None else None
@@ -52,6 +57,15 @@ def run_kernel(kernel: Kernel, x: Tensor, hidden: Hidden | None, ragged: Ragged 
     empty = (ragged.lengths == 0)[:, None]
     kept = tuple(torch.where(empty, old.to(new.dtype), new) for old, new in zip(hidden, _split(last), strict=True))
     return y, kept
+
+
+def _lacks_autocast(kernel: Kernel, device: torch.device) -> bool:
+    """torch's LSTM under autocast asks for a kernel that only CPUs with bfloat16 instructions have: elsewhere it stays
+    in float32, as other operations do that autocast has no faster form of."""
+    if device.type != "cpu" or not isinstance(kernel, nn.LSTM) or not torch.is_autocast_enabled("cpu"):
+        return False
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not supported
 
 
 def _run_packed(kernel: Kernel, x: Tensor, ragged: Ragged) -> Tensor:

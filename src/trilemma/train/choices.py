@@ -77,7 +77,6 @@ def choose(
     elif training.precision == "bfloat16" and machine.emulates_bfloat16(device):
         notes["training.precision"] = f"as asked, many times slower than float32: {machine.NO_BFLOAT16}"
     if model is not None:
-        _check_kernels(training.model_copy(update=changes), model)
         changes["backend"], reason = _backend(training.model_copy(update=changes), model, notes, say)
         if training.backend == "auto":
             notes["training.backend"] = reason
@@ -88,15 +87,6 @@ def choose(
         elif decided == "off" and _uncompilable(model):
             raise CapabilityError(f"training.compile is on, but {reason}; set training.compile=off")
     return config.model_copy(update={"training": training.model_copy(update=changes), "notes": notes})
-
-
-def _check_kernels(training: TrainingConfig, model: SequenceModel) -> None:
-    """torch's LSTM under autocast asks for a kernel that only CPUs with bfloat16 instructions have."""
-    emulated = training.precision == "bfloat16" and machine.emulates_bfloat16(training.device)
-    if emulated and any(isinstance(module, Mixer) and module.name == "lstm" for module in model.modules()):
-        raise CapabilityError(
-            f'mixer "lstm" is not trained in bfloat16 here: {machine.NO_BFLOAT16}; set training.precision=float32'
-        )
 
 
 def _check_regularisation(config: RunConfig) -> None:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trilemma.data import IGNORE, Batch
@@ -187,7 +186,7 @@ def _loss_of_pairs(logits: Tensor, targets: Tensor, smoothing: float, alpha: flo
     """R-Drop's loss sum; logits: [2 * targets, classes]. KL(P || Q) + KL(Q || P) sums (P - Q) (ln P - ln Q)."""
     with _plain(logits):
         logits = logits.to(_loss_dtype(logits))
-        entropy = F.cross_entropy(logits, targets.repeat(2), reduction="sum", label_smoothing=smoothing)
+        entropy = _loss(logits, targets.repeat(2), smoothing)
         one, two = logits.log_softmax(-1).chunk(2)
         return entropy / 2 + alpha / 4 * ((one.exp() - two.exp()) * (one - two)).sum()
 
