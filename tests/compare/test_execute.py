@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -60,6 +60,14 @@ def study(**changes: Any) -> StudyConfig:
     return parse(StudyConfig, {**STUDY, **changes})
 
 
+def fail(out: Path, error: Exception) -> NoReturn:
+    """As `trilemma train` does."""
+    if isinstance(error, TrainingError):
+        out.mkdir(parents=True)
+        RunDirectory(out).write_failure(error)
+    raise error
+
+
 class Trainer:
     """The verb's function in this process (a process of its own costs seconds); `fail_at`: the k-th run fails."""
 
@@ -70,7 +78,7 @@ class Trainer:
     def __call__(self, config: Path, out: Path) -> None:
         self.names.append(out.name)
         if self.error is not None and len(self.names) == self.fail_at:
-            raise self.error
+            fail(out, self.error)
         train(config, out=out, resume=True, quiet=True)
 
 
@@ -174,7 +182,6 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path) -> None:
     assert failed(directory) == [f"transformer, {text}"]
     run_study(seeds, tmp_path, say=silent, train=refuse)
     # other settings are another attempt, and what is left of the first is kept
-    directory.run_path("transformer-lr0.001-seed1").mkdir()
     changed = [{"name": "transformer", "overrides": {"training.clip_norm": 0.1}, "seeds": [1]}]
     again = Trainer()
     run_study(study(candidates=changed, contexts=[8]), tmp_path, say=silent, train=again)
@@ -187,7 +194,7 @@ def test_a_candidate_that_no_learning_rate_suits_is_left_out(tmp_path: Path) -> 
     class Failing(Trainer):
         def __call__(self, config: Path, out: Path) -> None:
             if out.name.startswith("gru"):
-                raise DIVERGED
+                fail(out, DIVERGED)
             super().__call__(config, out)
 
     asked = study(learning_rates=[1e-3, 2e-3], widen=False, contexts=[])

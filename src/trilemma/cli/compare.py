@@ -116,7 +116,7 @@ def _raise_failures(directory: StudyDirectory, study: StudyConfig) -> None:
     if lines := [f"\n  {place.path}: {line}" for place in places for line in failed(place)]:
         raise TrainingError(
             f"the study is complete but for what could not be trained:{''.join(lines)}\n"
-            "change its settings and run the same command, or remove its file in failures/ to try it again as it is"
+            "change its settings and run the same command, or remove failure.json of its run to try it again as it is"
         )
 
 

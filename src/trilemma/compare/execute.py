@@ -226,8 +226,6 @@ class _Execution:
                 fresh.append(item)
         with closing(in_parallel([functools.partial(self._train, item) for item in fresh], self.study.workers)) as ends:
             for at, error in ends:
-                if isinstance(error, TrainingError):
-                    self.directory.write_failure(fresh[at].planned.name, error)
                 yield fresh[at], error
 
     def _pass_over(self, error: Exception) -> None:

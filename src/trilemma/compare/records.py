@@ -3,7 +3,6 @@
     OUT/study.yaml                        the study, as it was asked for
     OUT/plan.json                         every run that was planned, what could not be made equal, the command
     OUT/configs/<run>.yaml                the resolved configuration of each run: `trilemma train` takes it as it is
-    OUT/failures/<run>.json               the step at which a run's loss was not a number, and the message
     OUT/runs/<run>/                       a run directory (see `trilemma.runs`), and in it:
         documents.json                    the metric's sufficient statistics per test document, and sample outputs
         inference.json                    ms per token and state bytes by context
@@ -243,32 +242,16 @@ class StudyDirectory:
         write_text(file, dump(config))
         return file
 
-    def write_failure(self, name: str, error: TrainingError) -> None:
-        """Keeps that the run called `name` cannot be trained to its end."""
-        write_json(self._failure_path(name), {"step": error.step, "message": str(error)})
-
     def read_failure(self, name: str) -> TrainingError | None:
         """Why the run called `name` could not be trained; None where it did not fail."""
-        file = self._failure_path(name)
-        if not file.is_file():
-            return None
-        values = read_json(file)
-        try:
-            return TrainingError(str(values["message"]), values["step"])
-        except (KeyError, TypeError):
-            raise CheckpointError(f"{file}: not a failure's record; remove it to try the run again") from None
-
-    def _failure_path(self, name: str) -> Path:
-        return self.path / "failures" / f"{name}.json"
+        return RunDirectory(self.run_path(name)).read_failure()
 
     def _set_aside(self, name: str) -> None:
         """Makes room for another attempt at a run that failed; what is left of the first stays under another name."""
         at = 1
         while (aside := self.run_path(f"{name}.failed-{at}")).exists():
             at += 1
-        if self.run_path(name).exists():
-            files.rename(self.run_path(name), aside)
-        self._failure_path(name).unlink()
+        files.rename(self.run_path(name), aside)
 
     def write_documents(self, name: str, documents: Documents) -> None:
         """Keeps a run's test result."""
