@@ -62,7 +62,7 @@ class System:
 
 def ours(size: Size, options: dict[str, Any]) -> System:
     """Our mixer."""
-    from trilemma.mixers.base import build_mixer
+    from trilemma.mixers.build import build_mixer
 
     mixer = build_mixer(d_model=size.width, num_heads=size.heads, **options)
 

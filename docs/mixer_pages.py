@@ -23,7 +23,8 @@ import yaml
 
 from trilemma.laws.oracles import Agreement, closeness, shipped_oracles
 from trilemma.laws.records import PATHS, fingerprint, kind_of, shipped_paths, shipped_records
-from trilemma.mixers.base import MemoryMixer, Mixer, build_mixer
+from trilemma.mixers.base import MemoryMixer, Mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.registry import available_mixers, mixer_class
 
 ROOT = Path(__file__).parents[1]

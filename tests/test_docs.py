@@ -16,8 +16,9 @@ import typer
 import yaml
 
 from trilemma.cli import main as cli
-from trilemma.config import RunConfig, StudyConfig, apply_overrides, parse
+from trilemma.config import RunConfig, apply_overrides, parse
 from trilemma.errors import TrilemmaError
+from trilemma.study import StudyConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -9,8 +9,9 @@ import pytest
 from trilemma.compare.expand import expand
 from trilemma.compare.matching import skeleton
 from trilemma.compare.tasks import check_tasks, task_study
-from trilemma.config import RunConfig, load_config, load_study, read_yaml
+from trilemma.config import RunConfig, load_config, read_yaml
 from trilemma.data.dataset import check_layout
+from trilemma.study import load_study
 from trilemma.train.choices import choose
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

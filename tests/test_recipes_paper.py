@@ -11,7 +11,8 @@ import pytest
 from trilemma.compare.expand import expand
 from trilemma.compare.matching import count, skeleton
 from trilemma.compare.records import flatten
-from trilemma.config import RunConfig, load_config, load_study
+from trilemma.config import RunConfig, load_config
+from trilemma.study import load_study
 from trilemma.train.schedules import learning_rate
 
 RECIPES = Path(__file__).parent.parent / "recipes"

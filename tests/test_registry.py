@@ -14,7 +14,8 @@ import torch
 import trilemma
 from trilemma import registry
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Mixer, build_mixer
+from trilemma.mixers.base import Mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.models import build_model
 
 BUILT_IN = {"attention", "bidirectional", "cross_attention", "gru", "lstm", "retention"}

@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from trilemma import laws as laws
     from trilemma.decode import Line as Line
-    from trilemma.mixers.base import build_mixer as build_mixer
+    from trilemma.mixers.build import build_mixer as build_mixer
     from trilemma.models import build_model as build_model
     from trilemma.predictor import load as load
     from trilemma.registry import available_mixers as available_mixers
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LAZY: dict[str, tuple[str, str | None]] = {
     "Line": ("trilemma.decode", "Line"),
     "available_mixers": ("trilemma.registry", "available_mixers"),
-    "build_mixer": ("trilemma.mixers.base", "build_mixer"),
+    "build_mixer": ("trilemma.mixers.build", "build_mixer"),
     "build_model": ("trilemma.models", "build_model"),
     "laws": ("trilemma.laws", None),
     "load": ("trilemma.predictor", "load"),

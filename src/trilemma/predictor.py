@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,23 +22,25 @@ from trilemma.decode import (
     AnyModel,
     BatchingReport,
     Ensemble,
+    Generated,
     Line,
     Prompts,
     Request,
     StepModel,
     TooLong,
-    Written,
     check_decoding,
     compare_with_single,
     joined,
     length_penalty,
+    nothing,
+    output_of,
     write,
 )
 from trilemma.decode.hypothesis import NOT_A_NUMBER
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, TrilemmaError, nearest
 from trilemma.machine import choose_device, keep_freed_memory
 from trilemma.measure.evaluation import Evaluation, score_model, score_questions, score_texts
-from trilemma.measure.forced import forced_token_nats
+from trilemma.measure.forced import ForcedScore, forced_token_nats
 from trilemma.measure.reading import Classified as Classified
 from trilemma.measure.reading import Reader
 from trilemma.measure.texts import file_texts, questions_of, split_texts
@@ -54,68 +56,6 @@ _DTYPES["int8"] = torch.float32  # of what is not in 8 bits
 # Lines decoded together by `stream`: enough for batches of similar length, little enough to hold.
 DEFAULT_WINDOW = 1024
 _WINDOW_CHARACTERS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Output:
-    """One generated text.
-
-    Attributes:
-        text: one line.
-        score: what outputs are ranked by: log-probability over the length penalty, plus the coverage penalty; with
-            minimum Bayes risk the expected chrF.
-        log_probability: natural, under the model. tokens: new tokens, end-of-sequence counted if it was produced.
-        finished: end-of-sequence was produced; False: cut at the length limit.
-        acted: keys of the rules that forbade or replaced something on the way: no_repeat_ngram, unknown, phrases.
-        alignment: (source, output) numbers of words or tokens, from 0; None: not asked for.
-    """
-
-    text: str
-    score: float
-    log_probability: float
-    tokens: int
-    finished: bool
-    acted: tuple[str, ...] = ()
-    alignment: list[tuple[int, int]] | None = None
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What became of one input line.
-
-    Attributes:
-        index: the line's number, from 0.
-        outputs: best first, at least one; a single empty text for an empty line or a skipped one.
-        skipped: why the line was not read, or None. unknown: how many of its tokens the tokenizer did not know.
-    """
-
-    index: int
-    outputs: list[Output]
-    skipped: str | None = None
-    unknown: int = 0
-
-    @property
-    def text(self) -> str:
-        """The best output."""
-        return self.outputs[0].text
-
-
-@dataclass(frozen=True)
-class ForcedScore:
-    """What a model makes of a given text.
-
-    Attributes:
-        log_probability: natural, of the text and end-of-sequence.
-        tokens: how many that are, end-of-sequence counted.
-        score: log-probability over the length penalty, as of a generated text.
-        token_log_probabilities: of each token, in order; `pieces`: the tokens as text, "<eos>" last.
-    """
-
-    log_probability: float
-    tokens: int
-    score: float
-    token_log_probabilities: list[float]
-    pieces: list[str]
 
 
 def load(
@@ -300,12 +240,12 @@ class Predictor(Reader):
         failure: LengthError | None = None
         for line, request in zip(lines, self._prompts.requests(lines, settings, first), strict=True):
             if not line.text.strip():
-                results[request.index] = Generated(request.index, [_nothing(settings, finished=True)])
+                results[request.index] = Generated(request.index, [nothing(settings, finished=True)])
             elif isinstance(request, Request):
                 requests.append(request)
             elif over_length == "skip":
                 results[request.index] = Generated(
-                    request.index, [_nothing(settings, finished=False)], _too_long(request)
+                    request.index, [nothing(settings, finished=False)], _too_long(request)
                 )
             else:
                 failure = LengthError(_too_long(request) + _MEND)
@@ -314,7 +254,7 @@ class Predictor(Reader):
         outputs = write(self.whole, self._prompts, requests, sources, settings, self.device)
         for request, written in zip(requests, outputs, strict=True):
             unknown = (request.source or request.prompt).count(self.tokenizer.unk)
-            results[request.index] = Generated(request.index, [_output(one) for one in written], unknown=unknown)
+            results[request.index] = Generated(request.index, [output_of(one) for one in written], unknown=unknown)
         return [results[index] for index in sorted(results)], failure
 
     def _readable(self, request: Request | TooLong) -> Request:
@@ -419,15 +359,6 @@ _MEND = '; split the line, or use --over-length skip (over_length="skip") to lea
 
 def _too_long(request: TooLong) -> str:
     return f"line {request.index + 1}: {request}"
-
-
-def _nothing(settings: DecodingConfig, finished: bool) -> Output:
-    return Output("", 0.0, 0.0, 0, finished, alignment=None if settings.alignments is None else [])
-
-
-def _output(written: Written) -> Output:
-    one = written.hypothesis
-    return Output(written.text, one.score, one.log_probability, one.length, one.finished, one.acted, written.links)
 
 
 def _windows(lines: Iterable[str | Line], window: int) -> Iterator[tuple[int, list[Line]]]:

@@ -16,9 +16,9 @@ import trilemma
 from trilemma import laws
 from trilemma.cli.generate import Totals, _report, read_lines
 from trilemma.cli.main import main
+from trilemma.decode import Generated, Output
 from trilemma.errors import DataError, LawError
 from trilemma.mixers.base import Mixer
-from trilemma.predictor import Generated, Output
 
 MakeRun = Callable[..., Path]
 LINES = ["twenty-one", "", "a", "naïve – 犬", "   ", "zzz zzz"]

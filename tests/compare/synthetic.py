@@ -20,9 +20,10 @@ from trilemma.compare.records import (
     SampleOutput,
     StudyDirectory,
 )
-from trilemma.config import StudyConfig, parse
+from trilemma.config import parse
 from trilemma.runs import RunDirectory
 from trilemma.sections import QualityConfig
+from trilemma.study import StudyConfig
 
 AMOUNT = 1_000_000
 

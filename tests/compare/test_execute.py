@@ -22,10 +22,11 @@ from trilemma.compare.execute import failed, run_study
 from trilemma.compare.measuring import measure_run, score_run
 from trilemma.compare.records import StudyDirectory
 from trilemma.compare.training import train_in_process
-from trilemma.config import StudyConfig, dump, parse
+from trilemma.config import dump, parse
 from trilemma.errors import ConfigError, Interrupted, LawError, RunInUseError, TrainingError, TrilemmaError
 from trilemma.runs import RunDirectory
 from trilemma.runs.lock import RunLock
+from trilemma.study import StudyConfig
 from trilemma.train.api import train
 
 STUDY: dict[str, Any] = {

@@ -11,10 +11,11 @@ import torch
 
 from trilemma.compare.expand import choose_rate, expand, final_jobs, run_name, slug, sweep_jobs
 from trilemma.compare.matching import count, match_parameters
-from trilemma.config import ModelConfig, StudyConfig, parse
+from trilemma.config import ModelConfig, parse
 from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError
 from trilemma.models import build_model
+from trilemma.study import StudyConfig
 from trilemma.train.counters import flops_of
 
 TINY = {"d_model": 32, "num_layers": 2, "num_heads": 2, "dropout": 0.0}

@@ -28,9 +28,10 @@ from trilemma.compare.records import StudyDirectory
 from trilemma.compare.report import write_report
 from trilemma.compare.tasks import run_tasks, task_study
 from trilemma.compare.training import in_parallel
-from trilemma.config import StudyConfig, parse
+from trilemma.config import parse
 from trilemma.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from trilemma.runs import RunDirectory
+from trilemma.study import StudyConfig
 from trilemma.train.api import train
 
 PARITY = {"generated": "parity", "size": 60, "options": {"min_length": 5, "max_length": 9}}

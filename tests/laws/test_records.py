@@ -14,7 +14,7 @@ from trilemma import registry
 from trilemma.errors import ConfigError, LawError
 from trilemma.laws import fingerprint, records, require, verify
 from trilemma.laws.records import PATHS, cache_file, shipped_paths, shipped_records
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.nn import coded_cache
 from trilemma.registry import available_mixers, load_plugin, mixer_class
 

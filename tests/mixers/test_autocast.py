@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trilemma.mixers.base import MemoryMixer, build_mixer
+from trilemma.mixers.base import MemoryMixer
+from trilemma.mixers.build import build_mixer
 from trilemma.registry import available_mixers, mixer_class
 from trilemma.state import State
 

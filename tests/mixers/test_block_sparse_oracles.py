@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trilemma.errors import ConfigError
-from trilemma.mixers.base import build_mixer
 from trilemma.mixers.block_sparse_attention import BlockSparseAttention
+from trilemma.mixers.build import build_mixer
 
 WIDTH, HEADS, LENGTH = 16, 4, 77  # longer than what is masked, so that both forms of the selected branch run
 NO_LAYER = "published layers need a GPU or leave out parts of the paper's equations"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Replay, build_mixer
+from trilemma.mixers.base import Replay
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.gru import GRU
 from trilemma.ragged import Ragged
 from trilemma.state import State

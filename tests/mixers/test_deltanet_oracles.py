@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.deltanet import DeltaNet
 from trilemma.mixers.gated_deltanet import GatedDeltaNet
 from trilemma.state import State

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.gated_retention import GatedRetention
 
 STORED = json.loads((Path(__file__).parents[1] / "assets" / "gated-retention-yoco.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.gdn2 import GatedDeltaNet2
 
 HEADS, WIDTH, LENGTH, BATCH = 4, 32, 75, 2

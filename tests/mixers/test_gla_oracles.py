@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.gla import GatedLinearAttention
 
 HEADS, WIDTH, LENGTH, BATCH = 4, 32, 75, 2

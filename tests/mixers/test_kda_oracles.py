@@ -9,7 +9,7 @@ import torch
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.kda import KimiDeltaAttention
 
 HEADS, HEAD_DIM, WIDTH, LENGTH, BATCH = 3, 8, 20, 75, 2

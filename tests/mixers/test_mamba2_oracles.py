@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.mamba2 import Mamba2
 
 WIDTH, BATCH, LENGTH = 32, 2, 45

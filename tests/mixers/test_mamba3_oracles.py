@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.mamba3 import Mamba3, decay_rate
 
 STORED = json.loads((Path(__file__).parents[1] / "assets" / "mamba3-reference.json").read_text())

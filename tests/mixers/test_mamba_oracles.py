@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.mamba import Mamba
 from trilemma.ops.selective_scan import selective_scan
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchscale.component.multiscale_retention import MultiScaleRetention
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.retention import Retention, retention_log_decay
 from trilemma.ops.decayed_scan import decayed_scan
 

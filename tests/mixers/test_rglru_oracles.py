@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import RecurrentGemmaConfig
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.rglru import RGLRU
 
 HEADS, WIDTH, LENGTH, BATCH = 3, 24, 19, 2

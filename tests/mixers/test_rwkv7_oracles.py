@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.rwkv7 import RWKV7, RWKV7State
 from trilemma.models import build_model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.errors import ConfigError
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.mixers.conv import Conv
 from trilemma.mixers.ngram import Ngram
 from trilemma.ragged import Ragged

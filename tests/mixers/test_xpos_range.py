@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trilemma.errors import LengthError
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 
 
 def test_positions_beyond_the_range_are_refused() -> None:

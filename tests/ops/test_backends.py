@@ -22,7 +22,7 @@ from torch import Tensor
 from trilemma import laws
 from trilemma.errors import BackendError, ConfigError
 from trilemma.laws import records
-from trilemma.mixers.base import build_mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.ops import backends, dispatch, fla_kernels
 from trilemma.ops.decayed_scan import DECAYED_SCAN, decayed_scan
 from trilemma.ops.delta_rule import delta_rule

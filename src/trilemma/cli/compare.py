@@ -15,7 +15,7 @@ from trilemma.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from trilemma.compare.records import StudyDirectory
-    from trilemma.config import StudyConfig
+    from trilemma.study import StudyConfig
 
 
 def command(
@@ -56,7 +56,7 @@ def command(
 def _run(out: Path, study: Path | None, overrides: list[str], price_per_hour: float | None) -> StudyConfig:
     from trilemma.compare.execute import run_study
     from trilemma.compare.tasks import run_tasks
-    from trilemma.config import load_study
+    from trilemma.study import load_study
 
     if study is None:
         raise ConfigError("compare needs a study: trilemma compare STUDY.yaml --out DIR")
@@ -73,7 +73,7 @@ def _kept(
     """The study as it was run; one that is named must be the same."""
     from trilemma.compare.execute import check_shown_study
     from trilemma.compare.tasks import write_reports
-    from trilemma.config import load_study
+    from trilemma.study import load_study
 
     if overrides:
         raise ConfigError(f'--report-only draws the study as it was run: "{overrides[0]}" would change nothing')

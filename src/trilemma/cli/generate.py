@@ -16,8 +16,8 @@ from trilemma.cli.common import Average, BackendOption, CacheOption, Device, Jso
 from trilemma.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from trilemma.decode import Line
-    from trilemma.predictor import Generated, Output, Predictor
+    from trilemma.decode import Generated, Line, Output
+    from trilemma.predictor import Predictor
 
 # What is said of a rule that acted.
 _ACTED = {

@@ -13,9 +13,10 @@ from trilemma.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trilemma.config import RunConfig, StudyTask
+    from trilemma.config import RunConfig
     from trilemma.measure.hardware import Hardware
     from trilemma.measure.plan import Plan
+    from trilemma.study import StudyTask
 
 
 def command(
@@ -94,7 +95,8 @@ def _runs(recipe: Path, overrides: list[str]) -> Iterator[tuple[str, RunConfig, 
     """(label, configuration, budget in FLOPs or None, price or None) of the one model, or of each of a study's."""
     from trilemma.compare.expand import expand
     from trilemma.compare.tasks import check_tasks, task_study
-    from trilemma.config import apply_overrides, load_config, load_study, read_yaml
+    from trilemma.config import apply_overrides, load_config, read_yaml
+    from trilemma.study import load_study
     from trilemma.train.start import inherited
 
     if "candidates" not in apply_overrides(read_yaml(recipe), overrides):

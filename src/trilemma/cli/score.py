@@ -16,7 +16,7 @@ from trilemma.cli.common import Average, BackendOption, Device, Json, With, prin
 from trilemma.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from trilemma.predictor import ForcedScore
+    from trilemma.measure.forced import ForcedScore
 
 WINDOW = 1024
 

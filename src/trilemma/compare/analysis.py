@@ -21,8 +21,9 @@ from trilemma.compare.metrics import Metric, metric_named
 from trilemma.compare.records import Documents, Inequality, Role, RunRecord, StudyRecord
 from trilemma.compare.results import CandidateResult, Control, Corner, Quality, Report, SideBySide, SweepPoint, Training
 from trilemma.compare.statistics import Sample, compare_all, compare_pair, interval, replicates_for, resample
-from trilemma.config import MixerSpec, ModelConfig, StudyConfig
+from trilemma.config import MixerSpec, ModelConfig
 from trilemma.errors import CheckpointError
+from trilemma.study import StudyConfig
 
 
 def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from trilemma.compare.records import Inequality, RunRecord, flatten
 from trilemma.compare.words import amount, setting
-from trilemma.config import StudyConfig
+from trilemma.study import StudyConfig
 
 # What a study compares, and d_model, of which the plan speaks.
 _COMPARED = frozenset({"mixer", "encoder_mixer", "cross_mixer", "layout", "d_model"})

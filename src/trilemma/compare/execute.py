@@ -19,13 +19,13 @@ from trilemma.compare.matching import skeleton
 from trilemma.compare.measuring import measure_run, metric_of, score_run
 from trilemma.compare.records import Inequality, Plan, PlannedRun, StudyDirectory, flatten
 from trilemma.compare.training import in_parallel, train_in_process
-from trilemma.config import StudyConfig
 from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError, TrainingError
 from trilemma.laws.records import require
 from trilemma.ops import backends
 from trilemma.runs import RunDirectory, files
 from trilemma.runs.lock import RunLock
+from trilemma.study import StudyConfig
 from trilemma.train.choices import choose
 from trilemma.train.progress import clock
 

@@ -11,9 +11,10 @@ from typing import Any
 from trilemma.compare.matching import count, match_parameters, skeleton
 from trilemma.compare.records import Inequality, PlannedRun, Role, Stage, flatten
 from trilemma.compare.words import amount
-from trilemma.config import Candidate, ModelConfig, RunConfig, StudyConfig, merge, parse
+from trilemma.config import ModelConfig, RunConfig, merge, parse
 from trilemma.data import Dataset, prepare
 from trilemma.errors import ConfigError, nearest
+from trilemma.study import Candidate, StudyConfig
 from trilemma.train.counters import flops_of
 
 # What all candidates share. A candidate that changed one of these would not be compared but confused.

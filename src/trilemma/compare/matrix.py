@@ -23,9 +23,9 @@ from trilemma.compare.expand import slug
 from trilemma.compare.matching import skeleton
 from trilemma.compare.records import StudyDirectory, StudyRecord
 from trilemma.compare.results import CandidateResult, Report
-from trilemma.config import StudyConfig, StudyTask
 from trilemma.data import probe_of
 from trilemma.errors import CheckpointError
+from trilemma.study import StudyConfig, StudyTask
 
 Outcome = Literal["solved", "unsolved", "mixed", "missing"]
 Verdict = Literal["agrees", "disagrees", "mixed", "not judged", "not stated", "missing"]

@@ -13,7 +13,7 @@ import numpy as np
 from trilemma import machine
 from trilemma.compare.metrics import METRICS
 from trilemma.compare.records import Documents, Inference, InferencePoint, SampleOutput
-from trilemma.config import DataConfig, StudyConfig
+from trilemma.config import DataConfig
 from trilemma.data import prepare
 from trilemma.errors import ConfigError, DataError, nearest
 from trilemma.laws.admission import admit
@@ -22,6 +22,7 @@ from trilemma.measure.evaluation import METRICS as TASK_METRICS
 from trilemma.measure.evaluation import Evaluation, score_model
 from trilemma.ops import backends
 from trilemma.runs.load import LoadedRun, load_run
+from trilemma.study import StudyConfig
 
 _CELL_SECONDS = 6.0  # for one context and batch size
 _MAX_SAMPLE_CHARACTERS = 2000

@@ -22,10 +22,11 @@ from typing import Any, Literal
 import numpy as np
 
 from trilemma.compare.metrics import Array
-from trilemma.config import RunConfig, StudyConfig, dump, parse, read_yaml
+from trilemma.config import RunConfig, dump, parse, read_yaml
 from trilemma.errors import CheckpointError, ConfigError, TrainingError
 from trilemma.runs import RunDirectory, files
 from trilemma.runs.directory import SUMMARY, to_json
+from trilemma.study import StudyConfig
 
 DOCUMENTS = "documents.json"
 INFERENCE = "inference.json"

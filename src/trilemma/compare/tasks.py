@@ -18,10 +18,11 @@ from trilemma.compare.matrix import Cell, read_matrix
 from trilemma.compare.measuring import metric_of
 from trilemma.compare.records import StudyDirectory
 from trilemma.compare.report import write_report
-from trilemma.config import RunConfig, StudyConfig, StudyTask, merge, parse
+from trilemma.config import RunConfig, merge, parse
 from trilemma.errors import ConfigError, nearest
 from trilemma.runs import files
 from trilemma.runs.lock import RunLock
+from trilemma.study import StudyConfig, StudyTask
 
 
 def task_study(study: StudyConfig, task: StudyTask) -> StudyConfig:

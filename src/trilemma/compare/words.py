@@ -8,7 +8,8 @@ from trilemma.compare.metrics import Metric
 from trilemma.compare.records import PlannedRun, Role
 from trilemma.compare.results import CandidateResult, Control
 from trilemma.compare.statistics import MIN_SEEDS, PairTest
-from trilemma.config import Source, StudyConfig
+from trilemma.config import Source
+from trilemma.study import StudyConfig
 
 _UNITS = {"tokens": "scored tokens", "seconds": "seconds", "flops": "training FLOPs"}
 

@@ -4,7 +4,7 @@ from trilemma.decode.batching import DecodingBatch, collate, plan_batches
 from trilemma.decode.beam import decode_beam
 from trilemma.decode.ensemble import AnyModel, Average, Ensemble, joined
 from trilemma.decode.hypothesis import Hypothesis, Phrase, Request, StepModel, length_penalty
-from trilemma.decode.outputs import Written, write
+from trilemma.decode.outputs import Generated, Output, Written, nothing, output_of, write
 from trilemma.decode.prompts import Line, Prompts, TooLong
 from trilemma.decode.search import BatchingReport, Disagreement, check_decoding, compare_with_single, decode
 from trilemma.decode.single import decode_single
@@ -16,8 +16,10 @@ __all__ = [
     "DecodingBatch",
     "Disagreement",
     "Ensemble",
+    "Generated",
     "Hypothesis",
     "Line",
+    "Output",
     "Phrase",
     "Prompts",
     "Request",
@@ -32,6 +34,8 @@ __all__ = [
     "decode_single",
     "joined",
     "length_penalty",
+    "nothing",
+    "output_of",
     "plan_batches",
     "write",
 ]

@@ -34,6 +34,50 @@ class Written:
     links: list[Link] | None = None
 
 
+@dataclass(frozen=True)
+class Output:
+    """One generated text.
+
+    Attributes:
+        text: one line.
+        score: what outputs are ranked by: log-probability over the length penalty, plus the coverage penalty; with
+            minimum Bayes risk the expected chrF.
+        log_probability: natural, under the model. tokens: new tokens, end-of-sequence counted if it was produced.
+        finished: end-of-sequence was produced; False: cut at the length limit.
+        acted: keys of the rules that forbade or replaced something on the way: no_repeat_ngram, unknown, phrases.
+        alignment: (source, output) numbers of words or tokens, from 0; None: not asked for.
+    """
+
+    text: str
+    score: float
+    log_probability: float
+    tokens: int
+    finished: bool
+    acted: tuple[str, ...] = ()
+    alignment: list[tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What became of one input line.
+
+    Attributes:
+        index: the line's number, from 0.
+        outputs: best first, at least one; a single empty text for an empty line or a skipped one.
+        skipped: why the line was not read, or None. unknown: how many of its tokens the tokenizer did not know.
+    """
+
+    index: int
+    outputs: list[Output]
+    skipped: str | None = None
+    unknown: int = 0
+
+    @property
+    def text(self) -> str:
+        """The best output."""
+        return self.outputs[0].text
+
+
 def write(
     model: AnyModel,
     prompts: Prompts,
@@ -126,3 +170,14 @@ def _replaced(one: Written, prompts: Prompts, names: dict[int, str]) -> Written:
     acted = (*one.hypothesis.acted, "unknown")
     line = one_line(text + tokenizer.decode(tokens)[read:])
     return replace(one, text=line, hypothesis=replace(one.hypothesis, acted=acted))
+
+
+def nothing(settings: DecodingConfig, finished: bool) -> Output:
+    """The empty output of an empty line, or of one that was skipped."""
+    return Output("", 0.0, 0.0, 0, finished, alignment=None if settings.alignments is None else [])
+
+
+def output_of(written: Written) -> Output:
+    """What users are given of an output."""
+    one = written.hypothesis
+    return Output(written.text, one.score, one.log_probability, one.length, one.finished, one.acted, written.links)

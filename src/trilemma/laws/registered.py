@@ -11,7 +11,8 @@ from trilemma.errors import ConfigError
 from trilemma.laws.report import Report
 from trilemma.laws.sharing import Behind
 from trilemma.laws.trial import check
-from trilemma.mixers.base import Mixer, build_mixer
+from trilemma.mixers.base import Mixer
+from trilemma.mixers.build import build_mixer
 from trilemma.registry import mixer_class
 from trilemma.state import CacheKind
 

@@ -6,6 +6,7 @@ Sums are kept in float64 and per text: neither the batch nor the order moves a s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,24 @@ from trilemma.decode import AnyModel, Request, collate, plan_batches
 
 # Logits of one piece of the head's work: small pieces stay in the processor's caches.
 _LOGITS_PER_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class ForcedScore:
+    """What a model makes of a given text.
+
+    Attributes:
+        log_probability: natural, of the text and end-of-sequence.
+        tokens: how many that are, end-of-sequence counted.
+        score: log-probability over the length penalty, as of a generated text.
+        token_log_probabilities: of each token, in order; `pieces`: the tokens as text, "<eos>" last.
+    """
+
+    log_probability: float
+    tokens: int
+    score: float
+    token_log_probabilities: list[float]
+    pieces: list[str]
 
 
 def forced_nats(

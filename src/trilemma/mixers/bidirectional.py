@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Capabilities, Mixer, Published, Shared, aligned, build_from_spec
+from trilemma.mixers.base import Capabilities, Mixer, Published, Shared, aligned
+from trilemma.mixers.build import build_from_spec
 from trilemma.ragged import Ragged
 from trilemma.registry import register_mixer
 from trilemma.state import State

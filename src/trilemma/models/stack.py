@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from trilemma.config import MixerSpec, ModelConfig
 from trilemma.errors import CapabilityError, ConfigError
-from trilemma.mixers.base import Mixer, Published, Shared, build_from_spec, build_mixer
+from trilemma.mixers.base import Mixer, Published, Shared
+from trilemma.mixers.build import build_from_spec, build_mixer
 from trilemma.mixers.cross_attention import CrossAttention
 from trilemma.nn.dropout import Dropout
 from trilemma.nn.feedforward import FeedForward
