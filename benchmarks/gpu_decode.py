@@ -36,7 +36,7 @@ from trilemma.laws.case import TOLERANCE
 from trilemma.machine import synchronize
 from trilemma.measure.memory import PeakMemory
 from trilemma.models import SequenceModel
-from trilemma.models.layouts import ModelState
+from trilemma.models.model import ModelState
 from trilemma.nn.cache import KVCache
 from trilemma.state import State, TupleState
 

@@ -13,7 +13,7 @@ from trilemma.config import ModelConfig
 from trilemma.errors import ConfigError, nearest
 from trilemma.mixers.base import Mixer
 from trilemma.models import SequenceModel
-from trilemma.models.layouts import ModelState
+from trilemma.models.model import ModelState
 from trilemma.runs.load import LoadedRun
 from trilemma.state import State, TupleState
 

@@ -2,7 +2,8 @@
 
 from trilemma.models.build import build_model
 from trilemma.models.caching import cache_kind, cache_notes, hold_cache, path_of
-from trilemma.models.layouts import DecoderOnly, EncoderDecoder, EncoderOnly, ModelState, SequenceModel
+from trilemma.models.layouts import DecoderOnly, EncoderDecoder, EncoderOnly
+from trilemma.models.model import ModelState, SequenceModel
 from trilemma.models.packing import pack, products, quantize
 
 __all__ = [

@@ -6,7 +6,8 @@ from typing import Any
 
 from trilemma.config import ModelConfig, parse
 from trilemma.errors import CapabilityError
-from trilemma.models.layouts import DecoderOnly, EncoderDecoder, EncoderOnly, SequenceModel
+from trilemma.models.layouts import DecoderOnly, EncoderDecoder, EncoderOnly
+from trilemma.models.model import SequenceModel
 from trilemma.models.packing import quantize
 
 _LAYOUTS: dict[str, type[SequenceModel]] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from trilemma.errors import ConfigError, nearest
 from trilemma.mixers.base import Mixer
-from trilemma.models.layouts import SequenceModel
+from trilemma.models.model import SequenceModel
 from trilemma.models.packing import products
 from trilemma.ops import backends
 from trilemma.state import CacheKind

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trilemma.errors import CapabilityError
-from trilemma.models.layouts import SequenceModel
+from trilemma.models.model import SequenceModel
 from trilemma.nn.embedding import Embedding
 from trilemma.nn.kernels import codes_pack, least_packed
 from trilemma.nn.linear import HeldInt8Linear, Int8Embedding, Int8Linear, PackedInt8Linear, PackedLinear
