@@ -10,18 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilemma.config import (
-    Budget,
-    Candidate,
     DataConfig,
     ModelConfig,
     RunConfig,
     Section,
     Source,
-    StudyConfig,
     apply_overrides,
     dump,
     load_config,
-    load_study,
     merge,
     parse,
     read_yaml,
@@ -29,6 +25,7 @@ from trilemma.config import (
 )
 from trilemma.errors import ConfigError, nearest
 from trilemma.settings import yaml_text, yaml_value
+from trilemma.study import Budget, Candidate, StudyConfig, load_study
 
 
 def write(folder: Path, text: str | bytes) -> Path:

@@ -1,7 +1,7 @@
 """Typed configuration: YAML plus `section.key=value` overrides, resolved once and written to the run.
 
-Every key is known: an unknown one is an error that names the nearest. `load_config` and `load_study` are the only
-readers.
+Every key is known: an unknown one is an error that names the nearest. `load_config` and, for comparisons,
+`trilemma.study.load_study` are the only readers.
 """
 
 from __future__ import annotations
