@@ -38,6 +38,19 @@ def test_measured_ceilings_are_positive_and_finite(quick: machine.Ceilings) -> N
     assert all(0 < number < 1e7 for number in numbers)
 
 
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.01, 7), (0.4, 3), (5.0, 1)])
+def test_a_slow_call_is_not_repeated(seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def run() -> None:
+        nonlocal now, calls
+        now, calls = now + seconds, calls + 1
+
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now)
+    assert machine.best_seconds(run, "cpu") == pytest.approx(seconds)
+    assert calls == 1 + repeats, "one call warms up"
+
+
 def test_measuring_leaves_the_random_stream_and_the_gradient_mode_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -25,6 +25,7 @@ CONFIG_VERSION = 1
 
 # A mixer is a name, or a mapping with "name" and the mixer's own options; a list is a pattern repeated over the layers.
 MixerSpec = str | dict[str, Any]
+Quantization = Literal["int8", "int4"]
 Location = list[str | int]
 Details = Mapping[str, Any]  # one mistake, as pydantic tells it
 
@@ -59,7 +60,7 @@ class ModelConfig(Section):
     )
     logit_bias: bool = False
     dropout: float = Field(0.1, ge=0, lt=1)
-    quantization: Literal["int8"] | None = Field(None, description="of a trained model's weights (trilemma quantize)")
+    quantization: Quantization | None = Field(None, description="of a trained model's weights (trilemma quantize)")
     prefix: bool = Field(False, description="decoder-only: the source part is read in both directions")
     num_labels: int | None = Field(None, ge=2, description="encoder-only: classes; None: a masked language model")
     pooling: Literal["first", "mean", "none"] = Field(

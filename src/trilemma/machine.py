@@ -2,7 +2,7 @@
 
 Ceilings are measured, never taken from a data sheet: one matrix product in float32 and bfloat16, memory traffic at
 several footprints (a small model lives in the cache), the cost of a tiny operation, and one feed-forward training step
-under autocast. They take about three seconds and are cached per user under a key made of the hardware, the threads and
+under autocast. They take three to ten seconds and are cached per user under a key made of the hardware, the threads and
 the torch version.
 """
 
@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -218,7 +217,7 @@ def synchronize(device: str | torch.device) -> None:
 
 
 def ceilings(device: str = "cpu", *, refresh: bool = False) -> Ceilings:
-    """The measured ceilings of `device`: from this user's cache, or measured now (about two seconds) and cached."""
+    """The measured ceilings of `device`: from this user's cache, or measured now (seconds) and cached."""
     file = cache_file()
     key = hardware_key(device)
     known = _read_cache(file)
@@ -266,25 +265,17 @@ def measure_ceilings(device: str = "cpu", *, quick: bool = False) -> Ceilings:
 
 def best_seconds(run: Callable[[], object], device: str, repeats: int = 7, inner: int = 1) -> float:
     """Shortest time of one call, in seconds: a ceiling is what the machine can do when nothing disturbs it."""
-    return min(_timings(run, device, repeats, inner))
-
-
-def median_seconds(run: Callable[[], object], device: str, repeats: int = 5, inner: int = 1) -> float:
-    """Median time of one call, in seconds."""
-    return statistics.median(_timings(run, device, repeats, inner))
-
-
-def _timings(run: Callable[[], object], device: str, repeats: int, inner: int) -> list[float]:
     run()  # allocates, picks kernels
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    # no repetition once a second is spent: bfloat16 without instructions for it takes seconds a call
+    while len(times) < repeats and sum(times) * inner < 1.0:
         synchronize(device)
         start = time.perf_counter()
         for _ in range(inner):
             run()
         synchronize(device)
         times.append((time.perf_counter() - start) / inner)
-    return times
+    return min(times)
 
 
 def _matmul_gflops(device: str, side: int, dtype: torch.dtype) -> float:

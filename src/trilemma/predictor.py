@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from trilemma.config import DecodingConfig, RunConfig, parse
+from trilemma.config import DecodingConfig, Quantization, RunConfig, parse
 from trilemma.data import Tokenizer, prepare
 from trilemma.decode import (
     AnyModel,
@@ -52,7 +52,8 @@ from trilemma.state import CacheKind
 OverLength = Literal["error", "skip"]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
-_DTYPES["int8"] = torch.float32  # of what is not in 8 bits
+_CODED: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
+_DTYPES |= dict.fromkeys(_CODED, torch.float32)  # of what is not coded
 # Lines decoded together by `stream`: enough for batches of similar length, little enough to hold.
 DEFAULT_WINDOW = 1024
 _WINDOW_CHARACTERS = 1 << 22
@@ -72,8 +73,8 @@ def load(
     Args:
         path: a run directory, as `trilemma train` writes it.
         device: "auto", "cpu", "cuda" or "mps".
-        dtype: "float32", "bfloat16" or "float64" for the weights; "int8" for 8-bit weights beside float32; None:
-            float32, or float64 for a run trained in it, or as `trilemma quantize` has left it.
+        dtype: "float32", "bfloat16" or "float64" for the weights; "int8" or "int4" for such weights beside float32;
+            None: float32, or float64 for a run trained in it, or as `trilemma quantize` has left it.
         checkpoint: the published weights, or "best", "last" or a step.
         ensemble: runs whose predictions are averaged with this one's; of the same task, layout and vocabulary.
         average: "log-probability" or "probability": what the ensemble averages; None: log-probabilities.
@@ -83,20 +84,20 @@ def load(
         CheckpointError: not a run, not finished, or a file is missing, truncated, altered or foreign.
         ConfigError: unknown device, dtype, cache or average; a run of the ensemble that does not fit the first.
     """
-    wanted = dtype
+    coded = None
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ConfigError(f'unknown dtype "{dtype}"{nearest(dtype, _DTYPES)}')
-        dtype = _DTYPES[dtype]
+        coded, dtype = _CODED.get(dtype), _DTYPES[dtype]
     kind = cache_kind(cache)
     chosen, _ = choose_device(device)
-    run = _opened(path, chosen, dtype, checkpoint, wanted == "int8", kind)
+    run = _opened(path, chosen, dtype, checkpoint, coded, kind)
     temperature = run.directory.read_temperature() if checkpoint == "published" else None
     whole = None
     if ensemble:
         Prompts(run.tokenizer, run.config).require_generation()
         own = run.model.dtype
-        others = [_opened(other, chosen, own, checkpoint, wanted == "int8", kind) for other in ensemble]
+        others = [_opened(other, chosen, own, checkpoint, coded, kind) for other in ensemble]
         whole = joined([run, *others], average or "log-probability")
     elif average is not None:
         raise ConfigError(f'average "{average}": there is no ensemble; name its other runs (--with RUN)')
@@ -108,13 +109,16 @@ def _opened(
     device: str,
     dtype: torch.dtype | None,
     checkpoint: int | Literal["published", "best", "last"],
-    coded: bool,
+    coded: Quantization | None,
     cache: CacheKind,
 ) -> LoadedRun:
-    """A run ready for use: its weights in 8 bits where asked for, and packed where this machine's kernels take them."""
+    """A run ready for use: its weights coded where asked for, and packed where this machine's kernels take them."""
     run = load_run(path, device, dtype, checkpoint)
-    if coded and run.config.model.quantization is None:
-        quantize(run.model)
+    kept = run.config.model.quantization
+    if coded is not None and kept is None:
+        quantize(run.model, coded)
+    elif coded not in (None, kept):
+        raise ConfigError(f"{path}: its weights are in {kept} already; leave dtype to the run")
     pack(run.model)
     hold_cache(run.model, cache)
     if run.model.device.type == "cpu":

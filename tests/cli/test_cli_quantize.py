@@ -26,25 +26,28 @@ def pairs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "s"), str(tmp_path / "t")]
 
 
-def test_a_run_in_eight_bits(make_run: MakeRun, pairs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("kind", "smaller", "near"), [("int8", 0.3, 0.05), ("int4", 0.25, 0.3)])
+def test_a_coded_run(
+    make_run: MakeRun, pairs: list[str], kind: str, smaller: float, near: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(**WIDE)
-    assert main(["quantize", str(run), *pairs, "--json"]) == 0
+    assert main(["quantize", str(run), *pairs, "--json", *([] if kind == "int8" else ["--dtype", kind])]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    folder = run.with_name("run-int8")
+    folder = run.with_name(f"run-{kind}")
     assert result["run"] == str(folder)
-    assert result["weight_bytes"]["after"] < 0.3 * result["weight_bytes"]["before"]
+    assert result["weight_bytes"]["after"] < smaller * result["weight_bytes"]["before"]
     assert result["weight_bytes"]["before"] == (run / "model.safetensors").stat().st_size
     changes = {entry["before"]["metric"]: entry for entry in result["scores"]}
     assert {"bleu", "loss"} <= changes.keys()
     before, after = (changes["loss"][side]["value"] for side in ("before", "after"))
     assert before != after
-    assert after == pytest.approx(before, rel=0.05)
+    assert after == pytest.approx(before, rel=near)
     config = RunDirectory.open(folder).read_config()
-    assert config.model.quantization == "int8"
+    assert config.model.quantization == kind
     assert "model.safetensors" in config.notes["quantization"]
     predictor = trilemma.load(folder, device="cpu")
-    assert "int8" in predictor.path
-    on_the_fly = trilemma.load(run, device="cpu", dtype="int8")
+    assert kind in predictor.path
+    on_the_fly = trilemma.load(run, device="cpu", dtype=kind)
     assert products(on_the_fly.model) == products(predictor.model)
     assert predictor.translate(["one", "two"]) == on_the_fly.translate(["one", "two"])
 
@@ -67,12 +70,15 @@ def test_a_run_that_was_altered_is_not_read(make_run: MakeRun, capsys: pytest.Ca
         (["quantize", "{run}", "--no-check", "x.tsv"], "files are what quality is measured on"),
         (["quantize", "{run}", "--no-check", "--out", "{run}"], "holds a run"),
         (["quantize", "{small}", "--no-check", "--out", "{run}-2"], "its weights are in int8 already"),
+        (["quantize", "{small}", "--no-check", "--dtype", "int4"], "its weights are in int8 already"),
+        (["quantize", "{run}", "--dtype", "int5"], '--dtype: weights are in int8 or int4, found "int5"; did you mean'),
+        (["evaluate", "{small}", "--dtype", "int4"], "its weights are in int8 already; leave dtype to the run"),
         (["quantize", "nowhere"], "nowhere"),
-        (["export", "{small}", "--to", "hf", "--out", "{run}-hf"], "its weights are in 8 bits; export the run"),
-        (["evaluate", "{small}", "--dtype", "bfloat16"], "its weights are in 8 bits and all else in float32"),
+        (["export", "{small}", "--to", "hf", "--out", "{run}-hf"], "its weights are in int8; export the run"),
+        (["evaluate", "{small}", "--dtype", "bfloat16"], "its weights are in int8 and all else in float32"),
         (
             ["train", "{run}.yaml", "--from", "{small}", "--out", "{run}-3"],
-            "its weights are in 8 bits; start from the run",
+            "its weights are in int8; start from the run",
         ),
     ],
 )

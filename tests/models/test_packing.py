@@ -1,4 +1,4 @@
-"""Packed and 8-bit weights: the same results as the plain form, for every mixer, whole and in steps."""
+"""Packed, 8-bit and 4-bit weights: the same results as the plain form, for every mixer, whole and in steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trilemma.measure import cost
 from trilemma.models import SequenceModel, build_model, pack, packing, products, quantize
 from trilemma.nn import kernels
 from trilemma.nn.codes import quantize_rows, quantize_rows_naive
-from trilemma.nn.linear import HeldInt8Linear, Int8Linear, PackedInt8Linear, PackedLinear
+from trilemma.nn.linear import HeldInt8Linear, Int4Linear, Int8Linear, PackedInt8Linear, PackedLinear
 from trilemma.registry import available_mixers, mixer_class
 from trilemma.runs.tensors import model_tensors
 from trilemma.train import train
@@ -108,6 +108,30 @@ def test_codes_kept_as_float32_give_the_plain_form_s_results(mixer: str, monkeyp
         assert products(held) == "int8-in-float32"
         for found in read(held):
             assert share(found, whole) < 0.03
+
+
+@pytest.mark.parametrize("mixer", CAUSAL)
+def test_four_bits_are_what_their_codes_stand_for(mixer: str) -> None:
+    model = model_of(mixer)
+    expected = read(model)[0]
+    coded = quantize(copy.deepcopy(model), "int4")
+    assert (products(coded), coded.dtype) == ("int4", torch.float32)
+    assert coded.parameter_counts() == model.parameter_counts()
+    whole, steps = read(coded)
+    assert 0.001 < share(whole, expected) < 0.3
+    assert share(steps, whole) < 0.03  # the head's inputs are coded in 8 bits
+    held = pack(coded)
+    assert products(held) == "int4-in-float32"
+    for found in read(held):
+        assert share(found, whole) < 0.03
+
+
+def test_what_four_bits_do_not_fit_is_in_eight() -> None:
+    model = quantize(model_of("attention", d_ff=72, tie_embeddings=False), "int4")
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert [kind for name, kind in kinds.items() if name.endswith(".down")] == [Int8Linear] * 2
+    assert [kind for name, kind in kinds.items() if name.endswith(".up")] == [Int4Linear] * 2
+    assert kinds["projection"] is Int8Linear
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -238,6 +262,10 @@ def test_shapes_of_calls(shape: tuple[int, ...], biased: bool) -> None:
             assert form(x).shape == plain(x).shape
             assert torch.allclose(form(x), coded(x), atol=1e-4)
         assert torch.allclose(coded(x), plain(x), atol=0.1)
+        smaller = Int4Linear.of(plain)
+        assert (smaller.out_features, smaller.in_features) == (40, 64)
+        assert torch.allclose(smaller.held()(x), smaller(x), atol=1e-5)
+        assert torch.allclose(smaller(x), plain(x), atol=0.5)
 
 
 def test_what_is_no_number_stays_none() -> None:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer  # noqa: F401 - imported before the forks
+import torch._dynamo  # imported before the forks, as every first step imports it (a second and more)
+import typer  # noqa: F401
 
 import trilemma.cli.train
 import trilemma.train.api  # noqa: F401

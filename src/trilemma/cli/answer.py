@@ -24,7 +24,7 @@ def command(
     ] = None,
     longest: Annotated[int | None, typer.Option("--longest", min=1, help="tokens of an answer; default 30")] = None,
     window: Annotated[int, typer.Option("--window", min=1, help="lines read together")] = WINDOW,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64, int8 or int4")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -78,7 +78,7 @@ def command(
     cells = len(sizes) * len(rows_together)
     say(f"device {place}: {place_reason}; path {path}; {cells} cells of about {max_seconds:.0f} s each at most")
     if not machine.ceilings_are_cached(place):
-        say("measuring this machine's ceilings first (about three seconds)")
+        say("measuring this machine's ceilings first (three to ten seconds)")
     rows = cost.measure_decode(
         model, sizes, rows_together,
         new_tokens=new_tokens, repeats=repeats, dtype=dtype, source_length=source_length, max_seconds=max_seconds,

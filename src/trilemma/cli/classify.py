@@ -21,7 +21,7 @@ def command(
     jsonl: Annotated[bool, typer.Option("--jsonl", help="one JSON object a line, with all probabilities")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="the model's own probabilities, not the calibrated ones")] = False,
     window: Annotated[int, typer.Option("--window", min=1, help="lines read together")] = WINDOW,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64, int8 or int4")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -37,7 +37,7 @@ def command(
 
     chosen, device_reason = machine.choose_device(device)
     if refresh or not machine.ceilings_are_cached(chosen):
-        say("measuring ceilings (about three seconds; cached afterwards)")
+        say("measuring ceilings (three to ten seconds; cached afterwards)")
     ceilings = machine.ceilings(chosen, refresh=refresh)
     precision, precision_reason = machine.choose_precision(chosen)
     pairs, kind = [backend.pair for backend in backends.BACKENDS], getattr(torch, precision)

@@ -22,7 +22,7 @@ def command(
     ] = "mean",
     normalise: Annotated[bool, typer.Option("--normalise", "--normalize", help="vectors of length 1")] = False,
     window: Annotated[int, typer.Option("--window", min=1, help="lines read together")] = WINDOW,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64, int8 or int4")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

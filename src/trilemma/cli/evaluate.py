@@ -31,7 +31,7 @@ def command(
     ] = None,
     ensemble: With = None,
     average: Average = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64, int8 or int4")] = None,
     cache: CacheOption = None,
     device: Device = "auto",
     json: Json = False,

@@ -61,8 +61,8 @@ def command(
             raise ConfigError(f"--{name.replace('_', '-')}: --to {to} has no such option")
     writer = importlib.import_module(TARGETS[to].module)
     loaded = load_run(run)
-    if loaded.config.model.quantization is not None:
-        raise CapabilityError(f"{run}: its weights are in 8 bits; export the run that it was made from")
+    if (coded := loaded.config.model.quantization) is not None:
+        raise CapabilityError(f"{run}: its weights are in {coded}; export the run that it was made from")
     with new_folder(out) as folder:
         description = writer.write(loaded, folder, options)
     if json:

@@ -84,7 +84,7 @@ def command(
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="lines decoded together; default 1024, 1 on a terminal")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64, int8 or int4")] = None,
     cache: CacheOption = None,
     device: Device = "auto",
     backend: BackendOption = "auto",

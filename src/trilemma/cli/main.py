@@ -33,7 +33,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("trilemma.cli.plan", "what a recipe will cost: parameters, FLOPs, memory, time, money"),
     "train": Verb("trilemma.cli.train", "one model from a YAML config, resumable at any step"),
     "average": Verb("trilemma.cli.average", "saved checkpoints averaged into a run of their own"),
-    "quantize": Verb("trilemma.cli.quantize", "a run with weights in 8 bits, and the quality that costs"),
+    "quantize": Verb("trilemma.cli.quantize", "a run with weights in 8 or 4 bits, and the quality that costs"),
     "evaluate": Verb("trilemma.cli.evaluate", "signed scores of a run: BLEU, chrF, accuracy, perplexity"),
     "generate": Verb("trilemma.cli.generate", "stdin to stdout, one line in, one line out"),
     "score": Verb("trilemma.cli.score", "log-probabilities of given texts, whole and token by token"),

@@ -87,7 +87,7 @@ def _hardware(on: str, fraction: float | None) -> tuple[Hardware, str]:
     if on.lower() != HERE:
         return named(on, fraction), device
     if not machine.ceilings_are_cached(device):
-        say("measuring this machine's ceilings first (about three seconds)")
+        say("measuring this machine's ceilings first (three to ten seconds)")
     return this_machine(machine.describe(), machine.ceilings(device), fraction), device
 
 

@@ -37,7 +37,7 @@ def command(
     ensemble: With = None,
     average: Average = None,
     window: Annotated[int, typer.Option("--window", min=1, help="lines scored together")] = WINDOW,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64 or int8")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float64, int8 or int4")] = None,
     device: Device = "auto",
     backend: BackendOption = "auto",
     json: Json = False,

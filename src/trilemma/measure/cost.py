@@ -108,7 +108,7 @@ def measure_decode(
 
     Raises:
         ConfigError: a context or batch size below 1.
-        CapabilityError: another `dtype` for weights in 8 bits or packed ones.
+        CapabilityError: another `dtype` for coded or packed weights.
     """
     if min([*contexts, *batch_sizes, new_tokens, repeats], default=0) < 1:
         raise ConfigError("contexts, batch sizes, new tokens and repeats are numbers of at least 1")
@@ -353,9 +353,9 @@ def _prepared(model: SequenceModel, dtype: torch.dtype | None) -> SequenceModel:
     A model that is ready for inference may hold weights that cannot be copied: it is taken as it is.
     """
     kind = products(model)
-    if dtype not in (None, model.dtype) and ("packed" in kind or "int8" in kind):
+    if dtype not in (None, model.dtype) and ("packed" in kind or "int" in kind):
         raise CapabilityError(f"the weights are {kind}: they cannot be measured as {dtype}")
-    if "packed" in kind or kind == "int8-in-float32":
+    if "packed" in kind or kind.endswith("-in-float32"):
         return model.eval()
     return pack(copy.deepcopy(model).to(dtype=dtype).eval())
 

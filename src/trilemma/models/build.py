@@ -35,4 +35,4 @@ def build_model(config: ModelConfig | dict[str, Any]) -> SequenceModel:
     if config.head_transform and config.layout != "encoder-only":
         raise CapabilityError(f"model.head_transform is for encoder-only models; the layout is {config.layout}")
     model = _LAYOUTS[config.layout](config)
-    return model if config.quantization is None else quantize(model)
+    return model if config.quantization is None else quantize(model, config.quantization)

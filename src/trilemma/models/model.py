@@ -16,7 +16,7 @@ from trilemma.errors import CapabilityError, ConfigError
 from trilemma.mixers.base import Mixer
 from trilemma.models.stack import Stack, make_stack
 from trilemma.nn.embedding import Embedding, PositionState
-from trilemma.nn.linear import HeldInt8Linear, Int8Embedding, PackedInt8Linear, PackedLinear
+from trilemma.nn.linear import HeldInt8Linear, Int4Linear, Int8Embedding, PackedInt8Linear, PackedLinear
 from trilemma.ragged import Ragged, zero_padding
 from trilemma.state import State, TupleState
 
@@ -230,6 +230,7 @@ class SequenceModel(nn.Module, ABC):
         """Counted weights: total, embedding (tables of tokens, positions, types, and an untied output), and the
         rest."""
         total = sum(parameter.numel() for parameter in self.parameters())
+        total += sum(module.codes.numel() for module in self.modules() if isinstance(module, Int4Linear))  # two a byte
         again = PackedLinear | PackedInt8Linear | HeldInt8Linear
         if self.config.tie_embeddings and isinstance(self.projection, again):
             total -= self.projection.out_features * self.projection.in_features  # the table, in another form

@@ -1,24 +1,46 @@
-"""A trained model made ready for use: weights in 8 bits, and weights packed for the CPU's kernels."""
+"""A trained model made ready for use: weights in 8 or 4 bits, and weights packed for the CPU's kernels."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from trilemma.config import Quantization
 from trilemma.errors import CapabilityError
 from trilemma.models.model import SequenceModel
 from trilemma.nn.embedding import Embedding
+from trilemma.nn.group_codes import GROUP
 from trilemma.nn.kernels import codes_pack, least_packed
-from trilemma.nn.linear import HeldInt8Linear, Int8Embedding, Int8Linear, PackedInt8Linear, PackedLinear
+from trilemma.nn.linear import (
+    HeldInt4Linear,
+    HeldInt8Linear,
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    PackedInt8Linear,
+    PackedLinear,
+)
 
 _NARROWEST = 32  # narrower layers make gates and step sizes: small, and sensitive
 _PACKED_TYPES = (torch.float32, torch.bfloat16)
+_PRODUCTS = {
+    HeldInt4Linear: "int4-in-float32",
+    Int4Linear: "int4",
+    PackedInt8Linear: "packed-int8",
+    HeldInt8Linear: "int8-in-float32",
+    Int8Linear: "int8",
+}
 
 
-def quantize(model: SequenceModel) -> SequenceModel:
-    """Turns linear layers and tables of tokens into 8-bit ones, in place. All else, States included, stays float32.
+def quantize(model: SequenceModel, kind: Quantization = "int8") -> SequenceModel:
+    """Turns linear layers and tables of tokens into coded ones, in place. All else, States included, stays float32.
+
+    Args:
+        kind: of linear layers: "int8", or "int4" for weights alone, where 32 divides the inputs. Tables of tokens and
+            the head are in 8 bits either way.
 
     Raises:
         CapabilityError: no layer is wide enough.
@@ -32,8 +54,8 @@ def quantize(model: SequenceModel) -> SequenceModel:
             model.projection, model.output = Int8Linear.of(model.output, model.logit_bias), None
         elif isinstance(table, Int8Embedding):
             model.projection = Int8Linear(table.codes, table.scale, model.logit_bias)
-    _replace(model, _coded)
-    if not any(isinstance(module, Int8Linear) for module in model.modules()):
+    _replace(model, functools.partial(_coded, kind=kind))
+    if not any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules()):
         raise CapabilityError(f"nothing to quantize: no layer of this model is {_NARROWEST} wide")
     return model
 
@@ -41,8 +63,8 @@ def quantize(model: SequenceModel) -> SequenceModel:
 def pack(model: SequenceModel) -> SequenceModel:
     """Makes linear layers ready for inference on this CPU, in place.
 
-    8-bit codes are packed where the processor's 8-bit sums are exact, and kept as float32 numbers elsewhere; large
-    layers of other weights are packed where that pays (`trilemma.nn.kernels`).
+    8-bit codes are packed where the processor's 8-bit sums are exact, and kept as float32 numbers elsewhere, as 4-bit
+    codes always are; large layers of float32 and bfloat16 are packed where that pays (`trilemma.nn.kernels`).
 
     The model can be used afterwards, but neither trained nor saved nor moved. `products` tells what it runs on.
     """
@@ -62,10 +84,11 @@ def pack(model: SequenceModel) -> SequenceModel:
 def products(model: SequenceModel) -> str:
     """What a model's matrix products run on: the weights' type, such as "float32", of packed ones "packed-float32".
 
-    8-bit codes are "int8" in the plain form, "packed-int8" on the 8-bit kernel, "int8-in-float32" as float32 numbers.
+    8-bit codes are "int8" in the plain form, "packed-int8" on the 8-bit kernel, "int8-in-float32" as float32 numbers;
+    4-bit codes "int4" and "int4-in-float32", whatever the head is.
     """
     kinds = {type(module) for module in model.modules()}
-    for kind, name in ((PackedInt8Linear, "packed-int8"), (HeldInt8Linear, "int8-in-float32"), (Int8Linear, "int8")):
+    for kind, name in _PRODUCTS.items():
         if kind in kinds:
             return name
     name = str(model.dtype).removeprefix("torch.")
@@ -80,16 +103,18 @@ def _code_tables(model: SequenceModel) -> None:
         each.add_module("tokens", coded[id(each.tokens)])
 
 
-def _coded(module: nn.Module) -> nn.Module:
-    if type(module) is nn.Linear and min(module.weight.shape) >= _NARROWEST:
-        return Int8Linear.of(module, module.bias)
-    return module
+def _coded(module: nn.Module, kind: Quantization) -> nn.Module:
+    if type(module) is not nn.Linear or min(module.weight.shape) < _NARROWEST:
+        return module
+    if kind == "int4" and module.in_features % GROUP == 0:
+        return Int4Linear.of(module)
+    return Int8Linear.of(module, module.bias)
 
 
 def _ready(module: nn.Module, exact: bool) -> nn.Module:
     if isinstance(module, Int8Linear):
         return module.packed() if exact else module.held()
-    return module
+    return module.held() if isinstance(module, Int4Linear) else module
 
 
 def _packed(module: nn.Module, least: int) -> nn.Module:

@@ -1,8 +1,9 @@
-"""Linear layers and embeddings for inference: weights packed once for a CPU's kernels, and weights in 8 bits.
+"""Linear layers and embeddings for inference: weights packed once for a CPU's kernels, and weights in 8 or 4 bits.
 
 A CPU's plain float32 product re-orders the weights at every call, or runs a kernel that does not suit the processor;
 oneDNN's packed one does the work once. 8-bit weights are a fourth of float32's bytes, and their products run on the
-processor's 8-bit units where it has exact ones. Which form a machine should run: `trilemma.nn.kernels`.
+processor's 8-bit units where it has exact ones. 4-bit weights are a sixth of the bytes; only the weights are coded.
+Which form a machine should run: `trilemma.nn.kernels`.
 
 Legend: N outputs, K inputs, V vocabulary.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.nn.codes import quantize_rows, row_scales
+from trilemma.nn.group_codes import GROUP, join_codes, quantize_groups, values_of
 
 _SHIFT = 128  # the processor's 8-bit units multiply an unsigned by a signed number
 _PACKED_ROWS = 32  # the number of rows that the packed layout is chosen for
@@ -143,6 +145,59 @@ class HeldInt8Linear(nn.Module):
             torch.add, (piece(part) for piece, part in zip(self.pieces, inputs, strict=True))
         )
         y = sums * self.scale * scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Int4Linear(nn.Module):
+    """y = W x + b, where W is 4-bit codes with one scale for each 32 inputs of an output. Inputs are not coded.
+
+    Args:
+        codes: [N, K / 2] uint8, two a byte. scale: [N, K / 32] float32. bias: [N] or None.
+    """
+
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.codes = _frozen(codes)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else _frozen(bias)
+        self.out_features, self.in_features = len(codes), scale.shape[1] * GROUP
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Int4Linear:
+        """The nearest codes of a linear layer whose inputs are a multiple of 32."""
+        codes, scale = quantize_groups(linear.weight.detach())
+        return cls(join_codes(codes), scale, linear.bias)
+
+    def held(self) -> HeldInt4Linear:
+        """The same layer with weights that need not be decoded at each call."""
+        return HeldInt4Linear(values_of(self.codes, self.scale), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return nn.functional.linear(x.float(), values_of(self.codes, self.scale), self.bias).to(x.dtype)
+
+    extra_repr = Int8Linear.extra_repr
+
+
+class HeldInt4Linear(nn.Module):
+    """`Int4Linear` whose codes are kept as the numbers they stand for, four bytes a weight. For inference.
+
+    The product is an ordinary layer, so that a large one can be packed.
+
+    Args:
+        weight: [N, K] float32. bias: [N] or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.product = _plain(weight)
+        self.bias = None if bias is None else _frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y: Tensor = self.product(x.float())
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 

@@ -45,15 +45,16 @@ def load_run(
             weights of that checkpoint.
     Raises:
         CheckpointError: not a run, not finished, or a file is missing, truncated, altered or foreign.
-        ConfigError: another `dtype` than float32 for a run in 8 bits.
+        ConfigError: another `dtype` than float32 for a quantized run.
     """
     directory = RunDirectory.open(path)
     config = directory.read_config()
     if config.model.vocab_size is None:
         raise CheckpointError(f"{directory.path}: config.yaml is not resolved: model.vocab_size is missing")
-    if config.model.quantization is not None and dtype not in (None, torch.float32):
-        raise ConfigError(f"{path}: its weights are in 8 bits and all else in float32; leave dtype to the run")
-    doubled = config.training.precision == "float64" and config.model.quantization is None
+    coded = config.model.quantization
+    if coded is not None and dtype not in (None, torch.float32):
+        raise ConfigError(f"{path}: its weights are in {coded} and all else in float32; leave dtype to the run")
+    doubled = config.training.precision == "float64" and coded is None
     stored = torch.float64 if doubled else torch.float32
     with _Undrawn():
         model = build_model(config.model).to(dtype=dtype or stored)

@@ -46,8 +46,8 @@ def inherit(config: RunConfig, parent: RunConfig, where: str) -> RunConfig:
     Raises:
         ConfigError: `config` sets something that the weights or the vocabulary do not allow; both values are named.
     """
-    if parent.model.quantization is not None:
-        raise ConfigError(f"{where}: its weights are in 8 bits; start from the run that it was made from")
+    if (coded := parent.model.quantization) is not None:
+        raise ConfigError(f"{where}: its weights are in {coded}; start from the run that it was made from")
     changes = config.model.model_dump(include=config.model.model_fields_set & _FREE)
     changes["num_labels"] = config.model.num_labels
     _check("model", config.model, parent.model, _FREE, where)
