@@ -289,6 +289,18 @@ def test_what_is_unequal_is_listed(tmp_path: Path) -> None:
     assert "did not see the examples in the same order" in page
 
 
+def test_a_training_that_was_slowed_down_is_listed(tmp_path: Path) -> None:
+    directory = write_study(tmp_path, TWO)
+    file = directory.run_path("01-seed2") / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for more, expected in ((10, []), (40, ["transformer"])):  # seconds that the last stretch of 25 took longer
+        slower = [*lines[:-1], {**lines[-1], "seconds": lines[-1]["seconds"] + more}]
+        file.write_text("".join(json.dumps(line) + "\n" for line in slower), encoding="utf-8")
+        found = [item for item in write_report(directory).inequalities if "times of training say little" in item.text]
+        assert [item.candidate for item in found] == expected
+    assert found[0].text.startswith("its training ran at 3,846 to 10,000 tokens/s")
+
+
 def test_the_environment_keeps_its_types(tmp_path: Path) -> None:
     directory = write_study(tmp_path, TWO)
     for run in directory.read_plan().runs:

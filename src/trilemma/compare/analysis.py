@@ -7,6 +7,7 @@ are made from the `Report` alone, so they cannot disagree.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ from trilemma.compare.statistics import Sample, compare_all, compare_pair, inter
 from trilemma.config import MixerSpec, ModelConfig
 from trilemma.errors import CheckpointError
 from trilemma.study import StudyConfig
+
+_SHORTEST_STRETCH = 5.0  # seconds of training between two validations that tell a pace
+_EVEN = 1.5  # the fastest stretch over the slowest, from which on times are doubted
 
 
 def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
@@ -332,6 +336,23 @@ def _unequal_seeds(study: StudyConfig, groups: Mapping[str, Sequence[RunRecord]]
     return found
 
 
+def _uneven_paces(groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
+    """Candidates whose training was much slower at times, between one validation and the next: something else ran."""
+    found = []
+    for name, runs in groups.items():
+        paces = []
+        for run in runs:
+            lines = [line for line in run.metrics if line.get("valid_loss") is not None]
+            for before, after in itertools.pairwise(lines):  # what comes before the first one holds the warm-up
+                seconds = float(after["seconds"]) - float(before["seconds"])
+                if seconds >= _SHORTEST_STRETCH:
+                    paces.append((float(after["tokens"]) - float(before["tokens"])) / seconds)
+        if paces and max(paces) > _EVEN * min(paces):
+            text = f"its training ran at {min(paces):,.0f} to {max(paces):,.0f} tokens/s: times of training say little"
+            found.append(Inequality(name, text))
+    return found
+
+
 def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRecord]]) -> list[Inequality]:
     """What the finished runs themselves show to be unequal."""
     found = []
@@ -352,6 +373,7 @@ def _found_inequalities(record: StudyRecord, groups: Mapping[str, Sequence[RunRe
         for context, reason in {c: why for run in runs for c, why in run.inference.unmeasured.items()}.items():
             found.append(Inequality(name, f"inference at {context:,} tokens was not measured: {reason}"))
     found += unequal_measurements(groups)
+    found += _uneven_paces(groups)
     found += [Inequality(failure.planned.candidate, failure.text) for failure in record.failures]
     lock = record.study.budget.lock
     for name, runs in groups.items():
