@@ -77,7 +77,8 @@ def origin(result: Result) -> str:
     machine = result["environment"]
     name = machine["cpu"] if machine["gpu"] in (None, "None") else machine["gpu"]  # a report stores it as text
     cores, threads = counted(machine["cores"], "core"), counted(machine["threads"], "thread")
-    text = f"{name}, {cores}, {threads}, torch {machine['torch']}, commit {machine['commit']}"
+    commits = machine["commit"] if isinstance(machine["commit"], list) else [machine["commit"]]  # runs may differ
+    text = f"{name}, {cores}, {threads}, torch {machine['torch']}, commit {', '.join(map(str, commits))}"
     if (ceilings := result.get("ceilings")) is not None:
         text += (
             f", {result['date'][:10]}; ceilings: {ceilings['bfloat16_gflops']:.0f} GFLOP/s in bfloat16, "
