@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import trilemma
 from trilemma import registry
 from trilemma.errors import ConfigError, LawError
-from trilemma.laws import LAWS, Report, check, verify
+from trilemma.laws import LAWS, Report, check, split, verify
+from trilemma.laws.case import GRADIENT_TOLERANCE
 from trilemma.laws.cost import count_flops
 from trilemma.laws.trial import _placed
 from trilemma.mixers.attention import Attention
+from trilemma.mixers.gated_retention import GatedRetention
 from trilemma.mixers.gru import GRU
 from trilemma.registry import load_plugin
 
@@ -180,6 +182,32 @@ def test_flops_are_counted_by_the_pairs_that_a_mask_allows() -> None:
     bias = torch.zeros(6, 6).masked_fill(~mask, -math.inf)
     assert count_flops(lambda: attend(q, q, q, attn_mask=bias)) == 21 * pair
     assert count_flops(lambda: q @ q.transpose(2, 3)) == 36 * 2 * 2 * 4
+
+
+class DoubledGradient(GatedRetention):
+    """In bfloat16 a call that carries a State gives twice the gradient."""
+
+    def mix(self, x: Tensor, state: Any, ragged: Any, shared: Any) -> Any:
+        if state is not None and x.dtype == torch.bfloat16:
+            x = 2 * x - x.detach()
+        return super().mix(x, state, ragged, shared)
+
+
+def test_where_bfloat16_says_nothing_float64_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a case that a rotating seed found: the query of a row's first token nearly cancels its key."""
+    asked: list[dict[str, float]] = []
+    measure = split._sensitivity
+
+    def noted(*given: Any) -> dict[str, float]:
+        asked.append(measure(*given))
+        return asked[-1]
+
+    monkeypatch.setattr(split, "_sensitivity", noted)
+    assert check(lambda: GatedRetention(32), laws=["split"], seed=766043037, level="full").ok
+    assert asked
+    assert asked[0]["x"] > GRADIENT_TOLERANCE[torch.bfloat16]
+    (result,) = check(lambda: DoubledGradient(32), laws=["split"], seed=1).failures
+    assert result.tensor == "gradient of x"
 
 
 def test_an_empty_report_is_lawful_and_named() -> None:
