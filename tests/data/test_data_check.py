@@ -97,6 +97,15 @@ def test_token_counts_are_exact_with_a_tokenizer(corpus: dict[str, Path]) -> Non
     assert target.bytes.quantiles["max"] == 400 and sum(target.bytes.counts) == 59
 
 
+def test_what_the_tokenizer_does_not_have_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", [b"ab", "a b 字 ö".encode(), b"", b"ba"])
+    splits = {"train": [Source.model_validate({"path": str(path)})]}
+    tokenizer = train_tokenizer(["ab ba"], TokenizerConfig(kind="character"))
+    unknown = check_data(splits, "language-model", tokenizer).splits[0].fields["text"].unknown
+    assert (unknown.lines, unknown.messages) == (["2"], ["2 of 7 tokens"])
+    assert not check_data(splits, "language-model").splits[0].fields["text"].unknown.count  # an estimate says nothing
+
+
 def test_estimated_tokens_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.txt", [sentence(number).encode() for number in range(400)])
     splits = {"train": [Source.model_validate({"path": str(path)})]}

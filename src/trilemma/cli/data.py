@@ -159,6 +159,7 @@ def _show_split(console: Console, split: SplitReport) -> None:
     for name, field in split.fields.items():
         if field.limit:
             _row(console, f"{name} over {field.limit} tokens", field.over_limit)
+        _row(console, f"unknown to the tokenizer, {name}", field.unknown, bad=True)
     if split.labels:
         shown = ", ".join(f"{label}: {count:,}" for label, count in list(split.labels.items())[:20])
         console.print(f"  labels  {escape(shown)}")

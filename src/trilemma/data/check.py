@@ -60,7 +60,10 @@ class Lengths:
 
 @dataclass
 class FieldReport:
-    """One side of the data. `tokens` is exact with a tokenizer, otherwise estimated from `bytes_per_token`."""
+    """One side of the data. `tokens` is exact with a tokenizer, otherwise estimated from `bytes_per_token`.
+
+    `unknown`: lines with characters or words that the given tokenizer does not have and training would not see.
+    """
 
     characters: Lengths
     words: Lengths
@@ -69,6 +72,7 @@ class FieldReport:
     bytes_per_token: float
     over_limit: Finding
     limit: int
+    unknown: Finding
 
 
 @dataclass
@@ -179,6 +183,7 @@ class _Column:
         self.characters, self.words, self.bytes, self.tokens = (array("q") for _ in range(4))
         self.hashes = array("Q")
         self.sampled_bytes = self.sampled_tokens = 0
+        self.unknown = Finding()
 
 
 class _Scan:
@@ -223,8 +228,13 @@ class _Scan:
         if self.fields == ("source", "target") and example[0] == example[1] and example[0].strip():
             report.identical_sides.add(line)
 
-    def add_tokens(self, name: str, lengths: list[int], size: int) -> None:
+    def add_tokens(self, name: str, encoded: list[list[int]], size: int, unk: int | None) -> None:
+        """Takes in the tokens of the examples that follow those tokenised so far; `unk`: the id that is looked for."""
         column = self.columns[name]
+        for index, ids in enumerate(encoded, start=len(column.tokens)):
+            if unk in ids:
+                column.unknown.add(self.place(index), f"{ids.count(unk)} of {len(ids)} tokens")
+        lengths = [len(ids) for ids in encoded]
         column.tokens.extend(lengths)
         column.sampled_tokens += sum(lengths)
         column.sampled_bytes += size
@@ -253,7 +263,7 @@ class _Scan:
             for index in np.flatnonzero(tokens > limit):
                 over.add(self.place(int(index)))
         characters, words = _lengths(_numbers(column.characters)), _lengths(_numbers(column.words))
-        return FieldReport(characters, words, _lengths(size), _lengths(tokens), rate, over, limit)
+        return FieldReport(characters, words, _lengths(size), _lengths(tokens), rate, over, limit, column.unknown)
 
     def _ratios(self) -> None:
         source, target = (_numbers(self.columns[name].characters) for name in self.fields)
@@ -306,18 +316,18 @@ def _scan(name: str, sources: list[Source], task: str, tokenizer: Tokenizer, exa
             if exact or scan.report.examples <= _SAMPLE:
                 waiting.append(attempt)
             if len(waiting) >= 1000:
-                _count_tokens(scan, waiting, tokenizer)
+                _count_tokens(scan, waiting, tokenizer, exact)
                 waiting = []
-    _count_tokens(scan, waiting, tokenizer)
+    _count_tokens(scan, waiting, tokenizer, exact)
     return scan
 
 
-def _count_tokens(scan: _Scan, examples: list[Example], tokenizer: Tokenizer) -> None:
+def _count_tokens(scan: _Scan, examples: list[Example], tokenizer: Tokenizer, exact: bool) -> None:
     for index, name in enumerate(scan.fields):
         if name in scan.columns:
             texts = [example[index] for example in examples]
             size = sum(len(text.encode("utf-8")) for text in texts)
-            scan.add_tokens(name, [len(ids) for ids in tokenizer.encode_batch(texts)], size)
+            scan.add_tokens(name, tokenizer.encode_batch(texts), size, tokenizer.unk if exact else None)
 
 
 def _overlap(name: str, train: _Scan, other: _Scan) -> Overlap:
