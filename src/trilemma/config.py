@@ -187,6 +187,9 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(3, ge=1)
     validate_every: int | None = Field(None, ge=1, description="steps; None: at every checkpoint")
+    validate_tokens: int | None = Field(
+        None, ge=1, description="of each validation, a fixed sample in whole batches; None: all validation data"
+    )
     patience: int | None = Field(None, ge=1, description="validations without a better one before stopping")
     quality: QualityConfig | None = Field(None, description="None: the best checkpoint is that of the lowest loss")
     target_accuracy: float | None = Field(None, gt=0, le=1, description="probes: validation accuracy that ends the run")

@@ -232,6 +232,19 @@ def test_validations_fall_on_a_quarter_and_half_of_the_budget(dataset: Dataset) 
     assert 10 <= 20_000 / per_step / every <= 15
 
 
+def test_validations_read_less_than_training_does(dataset: Dataset) -> None:
+    training = expand(study(budget={"amount": 20_000}), dataset).variants[0].config.training
+    per_step = sum(dataset.micro_batch(k).num_targets for k in range(20)) / 20
+    assert training.validate_tokens is not None
+    read = 20_000 / per_step * training.batch_tokens
+    assert 12 * training.validate_tokens == pytest.approx(0.75 * read, rel=0.1)
+    for asked in ({"validate_every": 2}, {"validate_tokens": 9}):
+        base = study(budget={"amount": 20_000}).base
+        base = base.model_copy(update={"training": base.training.model_copy(update=asked)})
+        kept = expand(study(budget={"amount": 20_000}).model_copy(update={"base": base}), dataset)
+        assert kept.variants[0].config.training.validate_tokens == asked.get("validate_tokens")
+
+
 def test_controls_take_other_seeds_and_the_named_handicap() -> None:
     asked = study(seeds=[1, 2, 3], controls={"same_twice": True, "known_gap": {"model.positions": "none"}})
     found = expand(asked)

@@ -142,9 +142,20 @@ def test_packed_rows_hold_whole_documents_between_boundaries(tmp_path: Path) -> 
             joined += stripped(labels[:size])
     expected = [index for text in DOCUMENTS for index in [*tokenizer.encode(text), tokenizer.eos]]
     assert joined == expected  # every byte of every document is scored once
+    assert dataset.targets_of("valid") == len(expected)
     assert dataset.bytes_of("valid") == len("".join(text + "\n" for text in DOCUMENTS).encode())
     assert dataset.eval_texts("valid") == (DOCUMENTS, [])
     assert "data.empty.train.text" in dataset.notes
+
+
+def test_a_sample_of_the_batches_is_the_same_every_time(tmp_path: Path) -> None:
+    dataset, _ = stream(tmp_path, [f"document number {number}" for number in range(40)])
+    everything = [batch.inputs for batch in dataset.eval_batches("valid")]
+    assert len(everything) > 9
+    for most, kept in ((1, 1), (64, 1), (3 * 64 + 5, 3), (10**6, len(everything))):
+        sample = [batch.inputs for batch in dataset.eval_batches("valid", most)]
+        wanted = [everything[place * len(everything) // kept] for place in range(kept)]
+        assert all(torch.equal(one, two) for one, two in zip(sample, wanted, strict=True))
 
 
 def test_one_continuous_stream(tmp_path: Path) -> None:
@@ -156,6 +167,7 @@ def test_one_continuous_stream(tmp_path: Path) -> None:
     labels = [i for batch in batches for row, n in zip(batch.labels, batch.lengths, strict=True) for i in row[:n]]
     assert stripped(torch.stack(inputs)) == [tokenizer.bos, *tokenizer.encode(text)]
     assert stripped(torch.stack(labels)) == [*tokenizer.encode(text), tokenizer.eos]
+    assert dataset.targets_of("valid") == len(labels)
     assert dataset.bytes_of("valid") == len(text.encode()) and dataset.sizes["train"] == 1
     full = [dataset.micro_batch(k) for k in range(dataset.batches_per_epoch)]
     assert sum(batch.num_targets for batch in full) == len(labels)

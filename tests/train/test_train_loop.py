@@ -269,6 +269,26 @@ def test_dropout_depends_on_place_only() -> None:
     assert len({tuple(values) for values in drawn}) == 5
 
 
+def test_validations_longer_than_training_are_named_and_may_be_sampled(
+    tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trilemma.train.loop._LONG_VALIDATION", 0.0)
+    config = tiny_config("decoder-only")
+    config["data"] |= {"task": "language-model", "train": {"generated": "copy", "size": 300}}
+    config["data"]["valid"]["size"] = 3000
+    train(config, out=tmp_path / "all")
+    said = capsys.readouterr().err
+    assert said.count("training.validate_tokens takes a sample, training.validate_every validates less often") == 1
+    config["training"] |= {"validate_tokens": 128, "validate_every": 6}
+    train(config, out=tmp_path / "sample")
+    assert "validate_tokens" not in capsys.readouterr().err
+    rates = [
+        losses(tmp_path / name, "valid_bits_per_byte")[-1] / losses(tmp_path / name, "valid_loss")[-1]
+        for name in ("all", "sample")
+    ]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)  # tokens per byte, whatever share was read
+
+
 def test_callbacks_see_and_stop(tiny_config: Tiny, tmp_path: Path) -> None:
     seen: list[tuple[str, int]] = []
 

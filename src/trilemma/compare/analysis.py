@@ -56,7 +56,8 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
     outcomes = _outcomes(record, groups, samples, metric)
     withheld = words.withheld(outcomes)
     scale = words.scale(candidates, study.budget.lock, study.budget.amount)
-    first = _documents(groups[names[0]][0])
+    first_run = groups[names[0]][0]
+    first = _documents(first_run)
     return Report(
         name=study.name,
         task=words.task(study),
@@ -84,7 +85,7 @@ def analyse(record: StudyRecord, price_per_hour: float | None = None) -> Report:
             *unequal_models(record.study, groups, reference),
             *_found_inequalities(record, groups),
         ],
-        limits=words.limits(study, candidates, record.missing),
+        limits=words.limits(study, candidates, record.missing, first_run.config.training.validate_tokens),
         missing=record.missing,
         data_hash=" / ".join(_distinct(record.runs, "data_hash")),
         order_hashes=_order_hashes(groups),

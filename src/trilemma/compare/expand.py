@@ -22,11 +22,12 @@ _SHARED = (
     "version", "seed", "name", "notes", "data", "tokenizer",
     "training.steps", "training.max_tokens", "training.max_seconds", "training.batch_tokens", "training.accumulate",
     "training.precision", "training.device", "training.compile", "training.patience", "training.checkpoint_every",
-    "training.validate_every", "training.log_every", "training.keep_checkpoints", "training.target_accuracy",
-    "training.backend", "training.quality",
+    "training.validate_every", "training.validate_tokens", "training.log_every", "training.keep_checkpoints",
+    "training.target_accuracy", "training.backend", "training.quality",
 )  # fmt: skip
 _HANDICAP = "{model.positions: none}"
 _VALIDATIONS = 12  # of a run, where the base does not say: a quarter and half of the budget are among them
+_VALIDATED = 0.75  # tokens that they read together, as a share of those trained on: at most a quarter of the time
 _COUNTED_BATCHES = 500  # micro-batches whose FLOPs are counted exactly; the rest follows from their mean
 
 
@@ -250,6 +251,9 @@ def _budgeted(
             text = f"{amount(spent)} training FLOPs in whole steps, {spent / spend - 1:+.1%} off the budget"
     if config.training.validate_every is None and steps is not None:
         changes["validate_every"] = max(1, steps // _VALIDATIONS)
+        if config.training.validate_tokens is None:
+            read = steps * config.training.accumulate * config.training.batch_tokens
+            changes["validate_tokens"] = max(1, round(_VALIDATED * read / _VALIDATIONS))
     return config.model_copy(update={"training": config.training.model_copy(update=changes)}), text
 
 

@@ -151,8 +151,10 @@ def withheld(outcomes: Sequence[Control]) -> str:
     return ""
 
 
-def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: Sequence[PlannedRun]) -> list[str]:
-    """What a study of this size cannot tell."""
+def limits(
+    study: StudyConfig, candidates: Sequence[CandidateResult], missing: Sequence[PlannedRun], validated: int | None
+) -> list[str]:
+    """What a study of this size cannot tell. `validated`: tokens that a validation read at most."""
     sizes = sorted(row.parameters["non_embedding"] for row in candidates)
     low, high = amount(sizes[0]), amount(sizes[-1])
     contexts = sorted({context for row in candidates if row.inference for context in row.inference.ms_per_token})
@@ -192,6 +194,8 @@ def limits(study: StudyConfig, candidates: Sequence[CandidateResult], missing: S
         lines.append(
             f"{study.workers} runs at a time shared the machine: their training times are not those of one alone."
         )
+    if validated is not None:
+        lines.append(f"Each validation along training read at most {validated:,} tokens of the validation data.")
     lines.append("Times were measured on one machine; on other hardware the costs, and which is cheaper, may differ.")
     if contexts:
         lines.append(f"Inference was measured up to {contexts[-1]:,} tokens of context; nothing is said beyond.")

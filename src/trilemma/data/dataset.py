@@ -121,15 +121,21 @@ class Dataset:
 
     # Evaluation
 
-    def eval_batches(self, split: EvalSplit) -> Iterator[Batch]:
-        """Every example of a split once, similar lengths together, in a fixed order; none is dropped or cut."""
+    def eval_batches(self, split: EvalSplit, most: int | None = None) -> Iterator[Batch]:
+        """Every example of a split once, similar lengths together, in a fixed order; none is dropped or cut.
+
+        With `most`, only as many of these batches as hold that many tokens (one at least), evenly spread over them: the
+        same ones every time.
+        """
         self._require(split)
         if split not in self._eval_plans:
             streamed = is_streamed(self.task)
             self._eval_plans[split] = self._stream_plan(split) if streamed else self._pair_plan(split)
         plan = self._eval_plans[split]
-        for k in range(plan.batches()):
-            yield self._batch(split, plan, k)
+        batches = plan.batches()
+        wanted = batches if most is None else min(batches, max(1, most // self.config.training.batch_tokens))
+        for place in range(wanted):
+            yield self._batch(split, plan, place * batches // wanted)
 
     def eval_texts(self, split: EvalSplit) -> tuple[list[str], list[str]]:
         """The raw texts of a split in file order: (sources, targets), (texts, labels), or (documents, []).
@@ -202,6 +208,11 @@ class Dataset:
                     f"{positions}, as are {len(over) - 1:,} more of {len(rows):,}: raise model.max_length, shorten "
                     "them, or leave out training examples with data.max_source_length and data.over_length=drop"
                 )
+
+    def targets_of(self, split: Split) -> int:
+        """Tokens of a language model's split that are scored: all of each document, and its end."""
+        self._require(split)
+        return int(_lengths(self.stores[split], "text", 1).sum())
 
     # Inside
 

@@ -33,6 +33,8 @@ from trilemma.train.randomness import reseed
 from trilemma.train.schedules import learning_rate
 from trilemma.train.signals import Signals
 
+_LONG_VALIDATION = 5.0  # seconds
+
 
 @dataclass(frozen=True)
 class Event:
@@ -84,6 +86,8 @@ class Trainer:
         self.counters = Counters()
         self._stopped: str | None = None  # by a callback
         self._flops: dict[tuple[int, int], int] = {}
+        self._trained = 0.0  # seconds, at the last validation
+        self._weighed = False  # whether it was said that validations take long
 
     def restore(self, step: int) -> None:
         """Goes on from a checkpoint.
@@ -250,9 +254,11 @@ class Trainer:
         improved = False
         due = counters.step % every == 0 or self._quality_due() or self._ended() is not None
         if due and counters.validated != counters.step and self.dataset.sizes.get("valid"):
+            started = time.perf_counter()
             found = self.validation()
             if found is None:
                 self._interrupted()
+            self._weigh(time.perf_counter() - started)
             try:
                 improved = self._judge(found)
             except Abandoned:
@@ -260,6 +266,16 @@ class Trainer:
         saved = counters.step in self.directory.checkpoints()
         if (counters.step % training.checkpoint_every == 0 or improved or self._ended() is not None) and not saved:
             self.save()
+
+    def _weigh(self, seconds: float) -> None:
+        """Says so, once, when validating takes longer than the training between two validations."""
+        trained, self._trained = self.counters.seconds - self._trained, self.counters.seconds
+        if not self._weighed and seconds > max(trained, _LONG_VALIDATION):
+            self._weighed = True
+            self.display.say(
+                f"validating took {seconds:.0f} s and the training before it {trained:.0f} s: "
+                "training.validate_tokens takes a sample, training.validate_every validates less often"
+            )
 
     def _judge(self, found: Validation) -> bool:
         """Records a validation; whether it is the best so far."""
@@ -270,7 +286,9 @@ class Trainer:
         improved = counters.judge(loss, score, counts=wanted is None or quality is not None)
         record = counters.validation_record(loss)
         if self.config.data.task == "language-model":
-            record["valid_bits_per_byte"] = loss * found.targets / math.log(2) / self.dataset.bytes_of("valid")
+            scored = found.targets / self.dataset.targets_of("valid")  # 1, or the share that validate_tokens leaves
+            nats = loss * found.targets
+            record["valid_bits_per_byte"] = nats / math.log(2) / (self.dataset.bytes_of("valid") * scored)
         if accuracy is not None:
             record["valid_accuracy"] = accuracy
         more = "" if accuracy is None else f"  accuracy {accuracy:.2%}"
@@ -308,7 +326,7 @@ class Trainer:
         total, targets, hits = 0.0, 0, 0
         self.model.eval()
         with self.optimizer.averaged(), torch.no_grad(), self._autocast():
-            for index, batch in enumerate(self.dataset.eval_batches("valid")):
+            for index, batch in enumerate(self.dataset.eval_batches("valid", self.config.training.validate_tokens)):
                 if self._abandons():
                     return None
                 if not self.processes.mine(index):
