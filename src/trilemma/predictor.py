@@ -8,7 +8,6 @@ predictor.score(["twenty-one"], ["einundzwanzig"])
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +35,12 @@ from trilemma.decode import (
     output_of,
     write,
 )
-from trilemma.decode.hypothesis import NOT_A_NUMBER
-from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, TrilemmaError, nearest
+from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
 from trilemma.machine import choose_device, keep_freed_memory
 from trilemma.measure.evaluation import Evaluation, score_model, score_questions, score_texts
 from trilemma.measure.forced import ForcedScore, forced_token_nats
 from trilemma.measure.reading import Classified as Classified
-from trilemma.measure.reading import Reader
+from trilemma.measure.reading import Reader, require_list
 from trilemma.measure.texts import file_texts, questions_of, split_texts
 from trilemma.models import SequenceModel, cache_kind, hold_cache, pack, quantize
 from trilemma.runs import RunDirectory
@@ -257,7 +255,7 @@ class Predictor(Reader):
         sources = [lines[request.index - first].text for request in requests]
         outputs = write(self.whole, self._prompts, requests, sources, settings, self.device)
         for request, written in zip(requests, outputs, strict=True):
-            unknown = (request.source or request.prompt).count(self.tokenizer.unk)
+            unknown = self.tokenizer.count_unknown(request.source or request.prompt)
             results[request.index] = Generated(request.index, [output_of(one) for one in written], unknown=unknown)
         return [results[index] for index in sorted(results)], failure
 
@@ -282,6 +280,8 @@ class Predictor(Reader):
             DataError: sides of unequal length. CapabilityError: a run that generates no text.
             LengthError: a text is longer than the model's positions; names the line.
         """
+        require_list(sources)
+        require_list(targets)
         self._prompts.require_generation()
         settings = self.decoding(**decoding)
         if (targets is None) != self._prompts.is_language_model:
@@ -305,11 +305,10 @@ class Predictor(Reader):
         nats = forced_token_nats(self.whole, contexts, ended, pad=tokenizer.pad, device=self.device)
         for target, values in zip(ended, nats, strict=True):
             total = -float(values.sum())
-            if math.isnan(total):
-                raise TrilemmaError(NOT_A_NUMBER)
             normalised = total / length_penalty(len(target), settings.length_penalty)
             pieces = [*(tokenizer.decode([token]) for token in target[:-1]), "<eos>"]
-            scores.append(ForcedScore(total, len(target), normalised, (-values).tolist(), pieces))
+            unknown = tokenizer.count_unknown(target)
+            scores.append(ForcedScore(total, len(target), normalised, (-values).tolist(), pieces, unknown))
         return scores
 
     # Scores
@@ -367,6 +366,7 @@ def _too_long(request: TooLong) -> str:
 
 def _windows(lines: Iterable[str | Line], window: int) -> Iterator[tuple[int, list[Line]]]:
     """(number of the first line, lines), at most `window` lines or some megabytes at a time."""
+    require_list(lines)
     if window < 1:
         raise ConfigError(f"a window of {window} lines: at least 1 is needed")
     held: list[Line] = []

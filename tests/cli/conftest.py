@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,28 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """`make_run(name, **overrides)`: a finished run on bytes; overrides are dotted keys with "." as "__"."""
+    """`make_run(name, **overrides)`: a finished run on bytes; overrides are dotted keys with "." as "__".
 
-    def make(name: str = "run", **overrides: Any) -> Path:
+    With `texts` its vocabulary is their characters. `damaged`: no weight is a number.
+    """
+
+    def make(name: str = "run", *, texts: Sequence[str] | None = None, damaged: bool = False, **overrides: Any) -> Path:
         torch.manual_seed(5)
         values = {
-            "model": {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0, "vocab_size": 262},
+            "model": {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0},
             "data": {"target_language": "de", "max_source_length": 40},
             "tokenizer": {"kind": "byte"},
             "decoding": {"max_length": 6},
             "training": {"precision": "float64"},
         }
-        config = parse(RunConfig, merge(values, {key.replace("__", "."): value for key, value in overrides.items()}))
-        tokenizer = train_tokenizer([], TokenizerConfig(kind="byte"), lowercase=config.data.lowercase)
-        assert tokenizer.vocab_size == 262
+        values = merge(values, {key.replace("__", "."): value for key, value in overrides.items()})
+        kind = TokenizerConfig(kind="byte" if texts is None else "character")
+        tokenizer = train_tokenizer(texts or [], kind, lowercase=values["data"].get("lowercase", False))
+        config = parse(RunConfig, merge(values, {"model.vocab_size": tokenizer.vocab_size}))
         model = build_model(config.model).double()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+                parameter.add_(torch.randn_like(parameter) * (math.nan if damaged else 0.3))
         run = RunDirectory.create(tmp_path / name, config, tokenizer.serialize().encode())
         run.publish_model(model_tensors(model))
         return run.path

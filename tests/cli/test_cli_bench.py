@@ -130,3 +130,38 @@ def test_a_cache_in_eight_bits(config: Path, capsys: pytest.CaptureFixture[str])
         sizes[row["path"]] = row["state_bytes"]
     assert "without keys and values, and as before: gru" in captured.err
     assert sizes["plain/cpu/float32+cache-int8"] < sizes["plain/cpu/float32"]
+
+
+def test_a_config_is_measured_as_it_would_be_trained(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(CONFIG.replace(", vocab_size: 40", "") + "tokenizer: {kind: byte}\n")
+    assert main(["bench", str(config), *QUICK, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["embedding"] == 262 * 16
+    config.write_text(CONFIG.replace("decoder-only", "encoder-only").replace("retention", "attention"))
+    classes = ["data.task=classification", "data.labels=[no,so,yes]", "tokenizer.kind=character"]
+    assert main(["bench", str(config), *classes, *QUICK, "--json", "--train"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["tokens_per_second"] > 0
+
+
+def test_a_training_step_is_timed_in_the_type_that_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for precision in ("auto", "bfloat16", "float64"):
+        assert main(["bench", str(config), *QUICK, "--precision", precision, "--train", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["training"]["path"] == found["environment"]["precision"].join(["plain/cpu/", ""])
+        assert found["environment"]["precision"] == ("float32" if precision == "auto" else precision)
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is_measured(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(CONFIG.replace("retention", "attention"))
+    assert main(["bench", str(config), *QUICK, "--cache", "int8", "--train"]) == 2
+    captured = capsys.readouterr()
+    assert "nothing is trained through a cache in int8; leave out --train or --cache" in captured.err
+    assert "context" not in captured.out
+
+
+def test_memory_that_cannot_be_had_is_a_cell_without_a_number(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(config), *QUICK, "--contexts", "8,10000000000000", "--batch", "1", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["rows"]
+    assert first["ms_per_token"] > 0
+    assert second["reason"].startswith("out of memory: ")

@@ -43,10 +43,83 @@ def test_the_runs_own_split(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_scores_are_kept_metric_by_metric(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--metrics", "loss,bleu"]) == 0
-    assert main(["evaluate", str(run), "--metrics", "bleu", "decoding.method=greedy"]) == 0
-    kept = [score["metric"] for score in RunDirectory.open(run).read_scores()]
-    assert sorted(kept) == ["bleu", "loss"]
-    capsys.readouterr()
+    assert main(["evaluate", str(run), "--metrics", "bleu"]) == 0
+    kept = RunDirectory.open(run).read_scores()
+    assert sorted(score["metric"] for score in kept) == ["bleu", "loss"]
+    assert "kept in" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--metrics", "chrf", "decoding.method=greedy"]) == 0
+    assert "not kept: these are not the run's own decoding settings" in capsys.readouterr().err
+    assert RunDirectory.open(run).read_scores() == kept
+
+
+def test_the_signature_says_that_case_was_ignored(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(data__lowercase=True)
+    source, target = run.parent / "a.src", run.parent / "a.tgt"
+    source.write_text("One\nTWO\n", encoding="utf-8")
+    outputs = trilemma.load(run).translate(["One", "TWO"])
+    target.write_text("".join(f"{text.upper()}\n" for text in outputs), encoding="utf-8")
+    assert main(["evaluate", str(run), str(source), str(target), "--metrics", "bleu,chrf,exact_match"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert "case:lc" in line
+        assert "case:mixed" not in line
+
+
+def test_what_the_tokenizer_does_not_know_is_said(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A likelihood of "unknown" is not that of the text: neither silently better nor comparable."""
+    known, strange = "abcabc\n", "abc 犬犬犬\nabc\n"
+    language = make_run("lm", texts=["abc"], model__layout="decoder-only", data__task="language-model")
+    file = language.parent / "text.txt"
+    for text, note in ((known, ""), (strange, "text: 4 token(s) on 1 line(s) stand for text that the tokenizer")):
+        file.write_text(text, encoding="utf-8")
+        assert main(["evaluate", str(language), str(file)]) == 0
+        captured = capfd.readouterr()
+        assert note in captured.err
+        assert [("unknown:4" in line) for line in captured.out.splitlines()] == [bool(note)] * 3
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("abc\n犬\n".encode())))
+    assert main(["score", str(language)]) == 0
+    assert "note: 1 of the scored tokens stand for text" in capfd.readouterr().err
+    pairs = make_run("pairs", texts=["abc"])
+    table = pairs.parent / "pairs.tsv"
+    table.write_text("犬\tabc\nabc\ta犬\n", encoding="utf-8")
+    assert main(["evaluate", str(pairs), str(table)]) == 0
+    captured = capfd.readouterr()
+    assert "sources: 1 token(s) on 1 line(s)" in captured.err
+    assert "targets: 1 token(s) on 1 line(s)" in captured.err
+    assert sum("unknown:1" in line for line in captured.out.splitlines()) == 3  # the likelihoods
+    classes = {"model__layout": "encoder-only", "model__num_labels": 2, "data__task": "classification"}
+    classifier = make_run("classes", texts=["abc"], data__labels=["no", "yes"], **classes)
+    assert classify(classifier, "abc\n犬\n", monkeypatch) == 0
+    assert "note: 1 lines held characters or words that the tokenizer does not know" in capfd.readouterr().err
+
+
+def test_a_model_that_gives_no_numbers_is_one_message(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = {"model__layout": "encoder-only", "damaged": True}
+    classifier = make_run(
+        "classes", **encoder, model__num_labels=2, data__task="classification", data__labels=["no", "yes"]
+    )
+    question = make_run(
+        "questions", **encoder, model__pooling="none", model__num_labels=2, data__task="question-answering"
+    )
+    language = make_run("lm", damaged=True, model__layout="decoder-only", data__task="language-model")
+    file = classifier.parent / "a.txt"
+    file.write_text("no\n", encoding="utf-8")
+    asked = '{"question": "who?", "context": "Ada."}\n'
+    for verb, run, text in (
+        ("classify", classifier, "a\n"),
+        ("embed", classifier, "a\n"),
+        ("answer", question, asked),
+        ("score", language, "a\n"),
+        ("evaluate", language, ""),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert main([verb, str(run), *([str(file)] if verb == "evaluate" else [])]) == 2, verb
+        captured = capfd.readouterr()
+        assert "the model's output is not a number" in captured.err, verb
+        assert captured.out == "", verb
 
 
 def test_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,8 +144,11 @@ def test_a_plugin_s_mixer_is_there_for_the_verb(tmp_path: Path) -> None:
     assert 'unknown mixer "from-a-file"' in without.stderr
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    code = f"{sys.executable} -m trilemma --help; echo status=$? >&2"
+@pytest.mark.parametrize("arguments", ["--help", "data check /dev/stdin.txt --json", "verify --help"])
+def test_a_closed_pipe_is_no_error(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    arguments = arguments.replace("/dev/stdin.txt", str(tmp_path / "a.txt"))
+    code = f"{sys.executable} -m trilemma {arguments}; echo status=$? >&2"
     command = f"({code}) | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in result.stderr

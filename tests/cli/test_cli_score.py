@@ -153,3 +153,9 @@ def test_what_cannot_be_scored(make_run: MakeRun, run_score: Callable[..., tuple
     assert code == 2
     assert "line 2: 6 tokens, more than model.max_length = 5" in err
     assert out.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_no_text(make_run: MakeRun, run_score: Callable[..., tuple]) -> None:
+    run = make_run()
+    plain = run_score("abc\txy\n", run)
+    assert run_score(b"\xef\xbb\xbfabc\txy\n", run)[1] == plain[1]

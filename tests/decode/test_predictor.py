@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,3 +163,26 @@ def test_unknown_characters_of_a_line_are_counted() -> None:
     config = parse(RunConfig, {"model": sizes})
     predictor = Predictor(build_model(config.model).eval(), tokenizer, config)
     assert [line.unknown for line in predictor.generate(["ab", "a\u2603b\u2603", ""], max_length=2)] == [0, 2, 0]
+
+
+def test_one_text_is_not_a_list_of_its_characters() -> None:
+    predictor, language = predictor_of(), predictor_of("decoder-only", {"task": "language-model"})
+    labels = {"task": "classification", "labels": ["no", "yes"]}
+    classifier = predictor_of("encoder-only", labels, num_labels=2)
+    for asked in (
+        lambda: predictor.translate("one"),
+        lambda: next(iter(predictor.stream("one"))),
+        lambda: predictor.score("one", ["eins"]),
+        lambda: predictor.score(["one", "two", "six"], "eins"),
+        lambda: language.score("one"),
+        lambda: classifier.classify("one"),
+        lambda: classifier.embed("one"),
+    ):
+        with pytest.raises(DataError, match=r"a list of texts is needed, found one text; put it in brackets"):
+            asked()
+
+
+def test_a_token_with_another_role_is_not_unknown() -> None:
+    words = predictor_of().tokenizer
+    assert words.count_unknown([words.unk, 9, words.unk]) == 2
+    assert replace(words, unk=words.eos).count_unknown([words.eos, 9]) == 0

@@ -68,7 +68,11 @@ def command(
         raise ConfigError(f"--out: {out} is a file; name a folder")
     place, place_reason = machine.choose_device(device)
     model, name = _model(subject, overrides or [], place)
+    if train:
+        cost.check_trainable(model)
     if (kind := cache_kind(cache)) is not None:
+        if train:
+            raise ConfigError(f"--train: nothing is trained through a cache in {kind}; leave out --train or --cache")
         hold_cache(model, kind)
         for note in cache_notes(model.mixers()):
             say(f"note: {note}")
@@ -94,7 +98,13 @@ def command(
     }
     if train:
         length = min(sizes)
-        result["training"] = cost.measure_training(model, length=length, batch=max(rows_together), repeats=repeats)
+        result["training"] = cost.measure_training(
+            model,
+            length=length,
+            batch=max(rows_together),
+            precision=None if precision == "auto" else precision,
+            repeats=repeats,
+        )
     text = cost_report.table(rows)
     if json:
         say(text)
@@ -111,6 +121,7 @@ def command(
 def _model(subject: Path, overrides: list[str], device: str) -> tuple[SequenceModel, str]:
     """The run's model, or one with random weights from a config."""
     from trilemma.config import load_config
+    from trilemma.measure.plan import resolved_model
     from trilemma.models import build_model
     from trilemma.runs.load import load_run
 
@@ -119,8 +130,10 @@ def _model(subject: Path, overrides: list[str], device: str) -> tuple[SequenceMo
             raise ConfigError(f"{subject}: a run's config is fixed; overrides go with a config file")
         return load_run(subject, device=device).model.eval(), subject.name
     config = load_config(subject, overrides)
-    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
-    model = build_model(config.model.model_copy(update={"vocab_size": vocab_size}))
+    assumptions: list[str] = []
+    model = build_model(resolved_model(config, assumptions))
+    for assumption in assumptions:
+        say(f"assumed: {assumption}")
     return model.to(device).eval(), f"{config.name} (random weights)"
 
 

@@ -39,10 +39,11 @@ def command(
         say("note: the probabilities are the model's own; this run was not calibrated on validation data")
     counts: Counter[str] = Counter()
     lines = read_lines(sys.stdin.buffer, "stdin")
-    first = 0
+    first = unknown = 0
     while held := list(itertools.islice(lines, window)):
         for index, result in enumerate(predictor.classify(held, first + 1, raw), start=first):
             counts[result.label] += 1
+            unknown += result.unknown > 0
             if jsonl:
                 value = {"index": index, "label": result.label, "probabilities": result.probabilities}
                 text = jsons.dumps(value, ensure_ascii=False)
@@ -52,5 +53,7 @@ def command(
             sys.stdout.buffer.write(f"{text}\n".encode())
         sys.stdout.buffer.flush()
         first += len(held)
+    if unknown:
+        say(f"note: {unknown:,} lines held characters or words that the tokenizer does not know")
     if json:
-        print_json({"lines": first, "labels": dict(sorted(counts.items()))})
+        print_json({"lines": first, "unknown": unknown, "labels": dict(sorted(counts.items()))})

@@ -39,8 +39,8 @@ def command(
     """Signed scores: BLEU and chrF (sacrebleu), exact match, accuracy, perplexity per token, bits per byte.
 
     Scores of the run's own splits are kept in RUN: scores.json, and the outputs in outputs.SPLIT.txt; not those of an
-    ensemble, which is no single run, nor of another --dtype or --cache. With --cache each score stands beside that
-    without.
+    ensemble, which is no single run, nor of another --dtype, --cache or decoding. With --cache each score
+    stands beside that without.
     """
     from trilemma.cli.generate import decoding_settings
     from trilemma.models import cache_kind
@@ -68,7 +68,10 @@ def command(
         _show_loss(predictor, plain, evaluation, json)
         result |= {"path": predictor.path, "without_cache": plain.to_json()}
     if not files and not ensemble and dtype is None and plain is None:
-        keep_scores(predictor, evaluation)
+        if settings:
+            say("not kept: these are not the run's own decoding settings")
+        else:
+            keep_scores(predictor, evaluation)
     if json:
         print_json(result)
 

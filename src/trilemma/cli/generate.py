@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json as jsons
 import sys
 import time
@@ -197,6 +198,8 @@ def read_lines(stream: IO[bytes], name: str, limit: int = LINE_BYTES) -> Iterato
     while raw := stream.readline(limit + 2):
         number += 1
         text = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if number == 1:
+            text = text.removeprefix(codecs.BOM_UTF8)  # as in files
         if len(text) > limit:
             raise DataError(f"{name}: line {number} is longer than {limit:,} bytes; one input a line is expected")
         try:

@@ -104,6 +104,8 @@ def _call(name: str, arguments: list[str]) -> int:
         # typer reports a wrong option itself, with exit code 2, and lets our errors through
         typer.main.get_command(app).main(args=arguments, prog_name=f"trilemma {name}", standalone_mode=True)
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes it an exit code of 1
+            raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 

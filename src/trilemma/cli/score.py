@@ -57,7 +57,7 @@ def command(
     predictor.score([], None if alone else [], **settings)  # what cannot be done is said before input is waited for
     laws.admit(predictor.whole.mixers(), backend, device=predictor.device, dtype=predictor.dtype, say=say)
     texts = ((text, None) for text in _one_side(source, target)) if alone else _pairs(source, target)
-    lines = tokens = 0
+    lines = tokens = unknown = 0
     total = 0.0
     while held := list(itertools.islice(texts, window)):
         sources, targets = [first for first, _ in held], [second for _, second in held if second is not None]
@@ -67,10 +67,15 @@ def command(
         sys.stdout.buffer.flush()
         lines += len(held)
         tokens += sum(score.tokens for score in scores)
+        unknown += sum(score.unknown for score in scores)
         total += sum(score.log_probability for score in scores)
+    if unknown:
+        say(f"note: {unknown:,} of the scored tokens stand for text that the tokenizer does not know")
     say(f"{lines:,} lines, {tokens:,} tokens, log-probability {total:.4f} (path {predictor.path})")
     if json:
-        print_json({"lines": lines, "tokens": tokens, "log_probability": total, "path": predictor.path})
+        print_json(
+            {"lines": lines, "tokens": tokens, "unknown": unknown, "log_probability": total, "path": predictor.path}
+        )
 
 
 def shown(index: int, score: ForcedScore, jsonl: bool) -> str:

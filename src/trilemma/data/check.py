@@ -228,12 +228,12 @@ class _Scan:
         if self.fields == ("source", "target") and example[0] == example[1] and example[0].strip():
             report.identical_sides.add(line)
 
-    def add_tokens(self, name: str, encoded: list[list[int]], size: int, unk: int | None) -> None:
-        """Takes in the tokens of the examples that follow those tokenised so far; `unk`: the id that is looked for."""
+    def add_tokens(self, name: str, encoded: list[list[int]], size: int, tokenizer: Tokenizer | None) -> None:
+        """Takes in the tokens of the examples that follow those tokenised so far; `tokenizer`: the given one."""
         column = self.columns[name]
         for index, ids in enumerate(encoded, start=len(column.tokens)):
-            if unk in ids:
-                column.unknown.add(self.place(index), f"{ids.count(unk)} of {len(ids)} tokens")
+            if tokenizer is not None and (unknown := tokenizer.count_unknown(ids)):
+                column.unknown.add(self.place(index), f"{unknown} of {len(ids)} tokens")
         lengths = [len(ids) for ids in encoded]
         column.tokens.extend(lengths)
         column.sampled_tokens += sum(lengths)
@@ -327,7 +327,7 @@ def _count_tokens(scan: _Scan, examples: list[Example], tokenizer: Tokenizer, ex
         if name in scan.columns:
             texts = [example[index] for example in examples]
             size = sum(len(text.encode("utf-8")) for text in texts)
-            scan.add_tokens(name, tokenizer.encode_batch(texts), size, tokenizer.unk if exact else None)
+            scan.add_tokens(name, tokenizer.encode_batch(texts), size, tokenizer if exact else None)
 
 
 def _overlap(name: str, train: _Scan, other: _Scan) -> Overlap:

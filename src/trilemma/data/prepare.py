@@ -222,7 +222,7 @@ class _Input:
         def build() -> TokenStore:
             with StoreBuilder(root, key, FIELDS[self.task], keep_text) as builder:
                 encoders = [_encoder(field, tokenizer, labels, self.name) for field in FIELDS[self.task]]
-                unknown = self._fill(builder, encoders, tokenizer.unk)
+                unknown = self._fill(builder, encoders, tokenizer)
                 lines = self.files and self.documents == "line" and file_format(self.files[0]) == ".txt"
                 line_ends = builder.size if lines and is_streamed(self.task) else 0
                 about = {"name": self.name, "input": self.key, "line_ends": line_ends, "unknown": unknown}
@@ -245,12 +245,12 @@ class _Input:
 
         def build() -> TokenStore:
             with StoreBuilder(root, key, FIELDS[self.task], keep_text=False) as builder:
-                self._fill(builder, [encoder(field) for field in FIELDS[self.task]], tokenizer.unk)
+                self._fill(builder, [encoder(field) for field in FIELDS[self.task]], tokenizer)
                 return builder.publish({"name": self.name, "input": self.key, "copy": number})
 
         return open_or_build(root, key, build)
 
-    def _fill(self, builder: StoreBuilder, encoders: list[Encoder], unk: int) -> dict[str, int]:
+    def _fill(self, builder: StoreBuilder, encoders: list[Encoder], tokenizer: Tokenizer) -> dict[str, int]:
         """Tokenises all examples; returns how many tokens of each field of text are unknown."""
         unknown = {field: 0 for field in builder.fields if field != "label"}
         progress = Progress(f"tokenising {self.name}")
@@ -258,7 +258,7 @@ class _Input:
             columns = [encode([example[i] for example, _ in chunk]) for i, encode in enumerate(encoders)]
             for field, column in zip(builder.fields, columns, strict=True):
                 if field in unknown:
-                    unknown[field] += sum(ids.count(unk) for ids in column)
+                    unknown[field] += sum(tokenizer.count_unknown(ids) for ids in column)
             for row, (example, ends) in enumerate(chunk):
                 for index, field in enumerate(builder.fields):
                     builder.append(field, columns[index][row], example[index])

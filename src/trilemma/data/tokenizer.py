@@ -95,6 +95,10 @@ class Tokenizer:
                 raise DataError(f"token id {index} is outside the vocabulary of {self.vocab_size}")
         return self.backend.decode(kept)
 
+    def count_unknown(self, ids: Sequence[int]) -> int:
+        """How many ids stand for text that the vocabulary does not have; 0 where `unk` has another role as well."""
+        return 0 if self.unk in (self.pad, self.bos, self.eos, self.sep) else ids.count(self.unk)
+
     @property
     def special_ids(self) -> frozenset[int]:
         return frozenset((self.pad, self.bos, self.eos, self.unk, self.sep, self.mask))

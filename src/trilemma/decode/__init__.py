@@ -3,7 +3,7 @@
 from trilemma.decode.batching import DecodingBatch, collate, plan_batches
 from trilemma.decode.beam import decode_beam
 from trilemma.decode.ensemble import AnyModel, Average, Ensemble, joined
-from trilemma.decode.hypothesis import Hypothesis, Phrase, Request, StepModel, length_penalty
+from trilemma.decode.hypothesis import Hypothesis, Phrase, Request, StepModel, length_penalty, require_numbers
 from trilemma.decode.outputs import Generated, Output, Written, nothing, output_of, write
 from trilemma.decode.prompts import Line, Prompts, TooLong
 from trilemma.decode.search import BatchingReport, Disagreement, check_decoding, compare_with_single, decode
@@ -37,5 +37,6 @@ __all__ = [
     "nothing",
     "output_of",
     "plan_batches",
+    "require_numbers",
     "write",
 ]

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from trilemma.errors import TrilemmaError
 from trilemma.state import State
 
 StateType = TypeVar("StateType", bound=State)
@@ -18,6 +19,17 @@ NOT_A_NUMBER = (
     "the model's output is not a number (NaN or infinite): its weights are damaged or the precision is too low; "
     "try --dtype float32"
 )
+
+
+def require_numbers(values: Tensor) -> Tensor:
+    """The values, none of which is NaN.
+
+    Raises:
+        TrilemmaError: one is.
+    """
+    if bool(values.isnan().any()):
+        raise TrilemmaError(NOT_A_NUMBER)
+    return values
 
 
 @dataclass(frozen=True)

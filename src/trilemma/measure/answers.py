@@ -23,7 +23,7 @@ from trilemma.config import RunConfig
 from trilemma.data import Tokenizer
 from trilemma.data.backends import Offsets
 from trilemma.data.questions import no_room, windows
-from trilemma.decode import Request, collate, plan_batches
+from trilemma.decode import Request, collate, plan_batches, require_numbers
 from trilemma.errors import CapabilityError, LengthError
 from trilemma.measure.spans import best_spans, span_log_probabilities
 from trilemma.models import SequenceModel
@@ -125,7 +125,7 @@ def _spans(
     types = (torch.arange(inputs.shape[1], device=inputs.device) >= passage[:, None]).long()
     given = None if bool((lengths == inputs.shape[1]).all()) else lengths
     hidden = model(inputs, given, types=types if model.config.token_types > 1 else None)
-    scores = span_log_probabilities(model.head(hidden).double(), passage, lengths)
+    scores = span_log_probabilities(require_numbers(model.head(hidden).double()), passage, lengths)
     allowed = torch.zeros(inputs.shape, dtype=torch.bool)
     for number, row in enumerate(rows):
         size = len(row.ids) - 1 - row.passage

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from trilemma.data import Tokenizer
-from trilemma.decode import Request, collate, plan_batches
+from trilemma.decode import Request, collate, plan_batches, require_numbers
 from trilemma.models import SequenceModel
 
 
@@ -36,5 +36,5 @@ def class_log_probabilities(
     for positions in plan_batches(requests, batch_tokens):
         batch = collate([requests[i] for i in positions], tokenizer.pad, device)
         logits = model.head(model(batch.inputs, batch.lengths))
-        result[positions] = torch.log_softmax(logits.cpu().double(), dim=-1).numpy()
+        result[positions] = require_numbers(torch.log_softmax(logits.cpu().double(), dim=-1)).numpy()
     return result

@@ -27,6 +27,9 @@ from trilemma.ops import backends
 _FIRST_ORDINARY = 6
 _BOS = 1
 
+# How torch says, on a CPU, that memory is short: no error of its own.
+_NO_MEMORY = "can't allocate memory"
+
 # Below both of these fractions neither memory nor arithmetic explains the time: what is left is the cost of calls.
 _OVERHEAD_BOUND = 0.2
 
@@ -130,7 +133,7 @@ def measure_training(
     batch: int = 8,
     length: int = 256,
     source_length: int = 0,
-    precision: str = "float32",
+    precision: str | None = None,
     repeats: int = 5,
     seed: int = 0,
     limits: Ceilings | None = None,
@@ -140,15 +143,21 @@ def measure_training(
     Args:
         model: on the device to be measured; it is left as it was.
         batch: rows. length: tokens of each row (the target's, with an encoder). source_length: 0: `length`.
-        precision: "float32" or "float64" (the weights' own type), or "bfloat16" (autocast).
+        precision: "float32" or "float64", the type of the copy's weights; "bfloat16": autocast; None: the weights' own.
 
     Returns:
         step_ms (median), tokens_per_second (target tokens), flops (3 x forward), compute_fraction, peak_memory_bytes
         (growth), path, batch, length, source_length, repeats.
+
+    Raises:
+        CapabilityError: weights that cannot be trained.
     """
-    if products(model) != str(model.dtype).removeprefix("torch."):
-        raise CapabilityError(f"the weights are {products(model)}, for inference only: their training has no cost")
+    check_trainable(model)
+    own = str(model.dtype).removeprefix("torch.")
+    precision = precision or own
     subject = copy.deepcopy(model).train()
+    if precision != "bfloat16":
+        subject = subject.to(getattr(torch, precision))
     device = subject.device
     source_length = (source_length or length) if subject.layout == "encoder-decoder" else 0
     inputs = _random_tokens(subject, batch, length, seed)
@@ -181,6 +190,12 @@ def measure_training(
         "peak_memory_bytes": memory.growth_bytes,
         "repeats": repeats,
     }
+
+
+def check_trainable(model: SequenceModel) -> None:
+    """Raises `CapabilityError` for coded or packed weights."""
+    if products(model) != str(model.dtype).removeprefix("torch."):
+        raise CapabilityError(f"the weights are {products(model)}, for inference only: their training has no cost")
 
 
 def parameter_bytes_read(model: nn.Module, run: Callable[[], object]) -> int:
@@ -248,7 +263,9 @@ class _Bench:
                 return self._decoder_cell(context, batch, source)
         except (LengthError, CapabilityError) as error:
             return DecodeCost(self.path, context, batch, source, reason=str(error))
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and _NO_MEMORY not in str(error):
+                raise
             return DecodeCost(self.path, context, batch, source, reason=f"out of memory: {str(error)[:200]}")
 
     def _encoder_cell(self, context: int, batch: int) -> DecodeCost:

@@ -15,7 +15,7 @@ from trilemma.config import DataConfig, DecodingConfig, RunConfig
 from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
 from trilemma.data.languages import is_unspaced
 from trilemma.data.questions import Question
-from trilemma.decode import AnyModel, Prompts, Request, TooLong, write
+from trilemma.decode import AnyModel, Prompts, Request, TooLong, require_numbers, write
 from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
 from trilemma.measure import answers, quality
 from trilemma.measure.answers import find_answers
@@ -180,16 +180,17 @@ def score_texts(
         sources, targets = [text.lower() for text in sources], [text.lower() for text in targets]
     prompts = Prompts(tokenizer, config)
     if task == "language-model":
-        found = _score_documents(model, prompts, sources, line_ends, split, wanted, device)
-        return _with_intervals(Evaluation(split, found, list(sources), [], []))
+        found, notes = _score_documents(model, prompts, sources, line_ends, split, wanted, device)
+        return _with_intervals(Evaluation(split, found, list(sources), [], [], notes))
     scores: list[Score] = []
     hypotheses: list[str] = []
-    notes: list[str] = []
+    source_ids = tokenizer.encode_batch(sources)
+    notes = _unknown("sources", tokenizer, source_ids)
     if any(metric in OUTPUT_METRICS for metric in wanted):
-        hypotheses, notes = _outputs(model, prompts, sources, decoding or config.decoding, split, device)
+        hypotheses, about = _outputs(model, prompts, sources, decoding or config.decoding, split, device)
+        notes += about
         scores += _output_scores(hypotheses, targets, config.data, wanted, notes)
     if any(metric in LIKELIHOOD_METRICS for metric in wanted):
-        source_ids = tokenizer.encode_batch(sources)
         target_ids = tokenizer.of_targets().encode_batch(targets)
         contexts = [prompts.context(ids) for ids in source_ids]
         _check_positions(config, contexts, target_ids, split)
@@ -198,7 +199,9 @@ def score_texts(
             model, contexts, ended, pad=tokenizer.pad, device=device, batch_tokens=LIKELIHOOD_BATCH_TOKENS
         )
         sizes = np.array([len(text.encode()) for text in targets])
-        scores += _likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted)
+        unknown = sum(map(tokenizer.count_unknown, target_ids))
+        notes += _unknown("targets", tokenizer, target_ids)
+        scores += _likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted, unknown)
     return _with_intervals(Evaluation(split, scores, list(sources), list(targets), hypotheses, notes))
 
 
@@ -238,26 +241,43 @@ def _outputs(
 def _output_scores(
     hypotheses: list[str], references: Sequence[str], data: DataConfig, wanted: Sequence[str], notes: list[str]
 ) -> list[Score]:
-    scores = []
+    scores, lowercase = [], data.lowercase
     if "bleu" in wanted:
-        scores.append(quality.bleu(hypotheses, references, data.target_language, data.bleu_tokenizer))
+        scores.append(quality.bleu(hypotheses, references, data.target_language, data.bleu_tokenizer, lowercase))
         reason = quality.bleu_tokenizer(data.target_language).reason
         if data.bleu_tokenizer == "auto" and reason:
             notes.append(f"BLEU is counted over {reason}")
     if "chrf" in wanted:
-        scores.append(quality.chrf(hypotheses, references))
+        scores.append(quality.chrf(hypotheses, references, lowercase))
     if "exact_match" in wanted:
-        scores.append(quality.exact_match(hypotheses, references))
+        scores.append(quality.exact_match(hypotheses, references, lowercase))
     return scores
 
 
-def _likelihood_scores(nats: Array, tokens: Array, sizes: Array, wanted: Sequence[str]) -> list[Score]:
+def _unknown(what: str, tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The note on text that the tokenizer does not know, if there is any."""
+    tokens, lines = (
+        sum(counts) for counts in zip(*((n, n > 0) for n in map(tokenizer.count_unknown, rows)), strict=True)
+    )
+    if not tokens:
+        return []
+    return [f"{what}: {tokens:,} token(s) on {lines:,} line(s) stand for text that the tokenizer does not know"]
+
+
+def _likelihood_scores(
+    nats: Array, tokens: Array, sizes: Array, wanted: Sequence[str], unknown: int = 0
+) -> list[Score]:
+    """Loss, perplexity and bits per byte. Where the scored text holds `unknown` tokens the signature says so: what they
+    stand for is not scored, and no tokenizer's score can be compared with these."""
     makers: dict[str, Callable[[], Score]] = {
         "loss": lambda: quality.loss(nats, tokens),
         "perplexity": lambda: quality.perplexity(nats, tokens),
         "bits_per_byte": lambda: quality.bits_per_byte(nats, sizes),
     }
-    return [make() for metric, make in makers.items() if metric in wanted]
+    scores = [make() for metric, make in makers.items() if metric in wanted]
+    if not unknown:
+        return scores
+    return [replace(score, signature=f"{score.signature}|unknown:{unknown}") for score in scores]
 
 
 def _score_documents(
@@ -268,7 +288,7 @@ def _score_documents(
     split: str,
     wanted: Sequence[str],
     device: torch.device | str,
-) -> list[Score]:
+) -> tuple[list[Score], list[str]]:
     """Each document alone, `[bos] text [eos]`, in pieces of `data.context_length`; a piece is a segment.
 
     A piece's share of its document's bytes is its share of the tokens, so that the totals are exact.
@@ -277,7 +297,8 @@ def _score_documents(
     contexts: list[Request] = []
     targets: list[list[int]] = []
     shares: list[float] = []
-    for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
+    rows = tokenizer.encode_batch(documents)
+    for text, ids in zip(documents, rows, strict=True):
         unit = [tokenizer.bos, *ids, tokenizer.eos]
         size = len(text.encode()) + line_ends / len(documents)
         for start in range(0, len(unit) - 1, length):
@@ -286,7 +307,10 @@ def _score_documents(
             shares.append(size * len(targets[-1]) / (len(unit) - 1))
     _check_positions(prompts.config, contexts, [target[:-1] for target in targets], split)
     nats = forced_nats(model, contexts, targets, pad=tokenizer.pad, device=device, batch_tokens=LIKELIHOOD_BATCH_TOKENS)
-    return _likelihood_scores(nats, np.array([len(target) for target in targets]), np.array(shares), wanted)
+    unknown = sum(map(tokenizer.count_unknown, rows))
+    sizes = np.array([len(target) for target in targets])
+    scores = _likelihood_scores(nats, sizes, np.array(shares), wanted, unknown)
+    return scores, _unknown("text", tokenizer, rows)
 
 
 def _score_classes(
@@ -320,7 +344,7 @@ def _score_classes(
         if metric in wanted and chosen is not None:
             error = calibration_error(at_temperature(log_probabilities, chosen), ids)
             scores.append(Score(metric, error, f"bins:{BINS}|temperature:{chosen:.4g}", len(ids)))
-    return Evaluation(split, scores, list(texts), list(labels), predicted)
+    return Evaluation(split, scores, list(texts), list(labels), predicted, _unknown("texts", tokenizer, rows))
 
 
 def score_questions(
@@ -374,7 +398,7 @@ def _score_masked(
         logits = model.head(model(moved.inputs, moved.lengths, segments=moved.segments))
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide.transpose(1, 2), moved.labels, ignore_index=IGNORE, reduction="none")
-        nats.append(loss.cpu().double().sum(1).numpy())
+        nats.append(require_numbers(loss).cpu().double().sum(1).numpy())
         tokens.append((batch.labels != IGNORE).sum(1).numpy())
     training = dataset.config.training
     signature = f"unit:masked-token|fraction:{training.mask_fraction:g}|masking:{training.masking}"
@@ -402,7 +426,7 @@ def _score_probe(
         for row, example in enumerate(batch.examples):
             places = (batch.labels[row] != IGNORE).nonzero().squeeze(1)
             answers = batch.labels[row, places]
-            logits = model.head(hidden[row, places.to(device)]).cpu()
+            logits = require_numbers(model.head(hidden[row, places.to(device)]).cpu())
             predicted = logits.argmax(-1)
             hits[example], counts[example] = int((predicted == answers).sum()), len(answers)
             nats[example] = float(F.cross_entropy(logits.double(), answers, reduction="sum"))

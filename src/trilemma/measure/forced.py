@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilemma.decode import AnyModel, Request, collate, plan_batches
+from trilemma.decode import AnyModel, Request, collate, plan_batches, require_numbers
 
 # Logits of one piece of the head's work: small pieces stay in the processor's caches.
 _LOGITS_PER_CHUNK = 1 << 22
@@ -29,6 +29,7 @@ class ForcedScore:
         tokens: how many that are, end-of-sequence counted.
         score: log-probability over the length penalty, as of a generated text.
         token_log_probabilities: of each token, in order; `pieces`: the tokens as text, "<eos>" last.
+        unknown: tokens that stand for text which the vocabulary does not have; the probability is not that text's.
     """
 
     log_probability: float
@@ -36,6 +37,7 @@ class ForcedScore:
     score: float
     token_log_probabilities: list[float]
     pieces: list[str]
+    unknown: int = 0
 
 
 def forced_nats(
@@ -110,4 +112,4 @@ def _nats(model: AnyModel, hidden: Tensor, where: Tensor, labels: Tensor) -> Ten
         logits = model.head(vectors[start : start + size])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         parts.append(F.cross_entropy(wide, labels[start : start + size].to(wide.device), reduction="none"))
-    return torch.cat(parts).cpu().double()
+    return require_numbers(torch.cat(parts).cpu().double())

@@ -153,7 +153,7 @@ def plan_training(
         )
     precision = hardware.best_precision if training.precision == "auto" else training.precision
     assumptions: list[str] = []
-    resolved = _resolved(config, assumptions)
+    resolved = resolved_model(config, assumptions)
     rows = _rows(config, length, source_length, assumptions)
     with torch.device("meta"):
         model = build_model(resolved)
@@ -209,7 +209,7 @@ def measured_here(
     precision = hardware.best_precision if config.training.precision == "auto" else config.training.precision
     rows = _rows(config, length, source_length, [])
     batch = rows.rows * config.training.forward_passes
-    model = build_model(_resolved(config, [])).to(device)
+    model = build_model(resolved_model(config, [])).to(device)
     if precision == "float64":
         model = model.double()
     found = measure_training(
@@ -256,7 +256,7 @@ def _traced() -> Iterator[None]:
         yield
 
 
-def _resolved(config: RunConfig, assumptions: list[str]) -> ModelConfig:
+def resolved_model(config: RunConfig, assumptions: list[str]) -> ModelConfig:
     """The architecture with the vocabulary and the classes that only data will decide."""
     model = config.model
     changes: dict[str, int] = {}

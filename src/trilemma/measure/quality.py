@@ -103,7 +103,11 @@ def bleu_tokenizer(language: str | None) -> BleuTokenizer:
 
 
 def bleu(
-    hypotheses: Sequence[str], references: Sequence[str], language: str | None = None, tokenizer: str = "auto"
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    language: str | None = None,
+    tokenizer: str = "auto",
+    lowercase: bool = False,
 ) -> Score:
     """Corpus BLEU by sacrebleu, one reference a line, 0 to 100.
 
@@ -111,6 +115,7 @@ def bleu(
         hypotheses, references: detokenized text, line by line.
         language: of the target; chooses the tokenizer (`bleu_tokenizer`) where that is "auto".
         tokenizer: sacrebleu's name of one; "none": the text is tokenised already, and words end at spaces.
+        lowercase: both sides are compared in lower case, and the signature says so.
 
     Returns:
         `segments` [size, 10]: hypothesis length, reference length, matches of order 1 to 4, n-grams of order 1 to 4.
@@ -124,8 +129,8 @@ def bleu(
     if tokenizer == "auto":
         tokenizer = bleu_tokenizer(language).name
     # force: no warning where outputs look tokenized; effective_order: sentence_score asks for it, counts are the same
-    metric = BLEU(tokenize=tokenizer, force=True)
-    counter = BLEU(tokenize=tokenizer, force=True, effective_order=True)
+    metric = BLEU(tokenize=tokenizer, force=True, lowercase=lowercase)
+    counter = BLEU(tokenize=tokenizer, force=True, lowercase=lowercase, effective_order=True)
     result = metric.corpus_score(list(hypotheses), [list(references)])
     rows = np.zeros((size, 10))
     for row, hypothesis, reference in zip(rows, hypotheses, references, strict=True):
@@ -134,8 +139,10 @@ def bleu(
     return Score("bleu", float(result.score), str(metric.get_signature()), size, segments=rows)
 
 
-def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
+def chrf(hypotheses: Sequence[str], references: Sequence[str], lowercase: bool = False) -> Score:
     """Corpus chrF (character 6-grams, beta 2) by sacrebleu, 0 to 100; `segments` [size, 1] are sentence scores.
+
+    `lowercase`: see `bleu`.
 
     Raises:
         DataError: nothing to score, or sides of unequal length.
@@ -143,22 +150,27 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     from sacrebleu.metrics.chrf import CHRF
 
     size = _paired(hypotheses, references)
-    metric = CHRF()
+    metric = CHRF(lowercase=lowercase)
     value = float(metric.corpus_score(list(hypotheses), [list(references)]).score)
     signature = str(metric.get_signature())
     sentences = [metric.sentence_score(h, [r]).score for h, r in zip(hypotheses, references, strict=True)]
     return Score("chrf", value, signature, size, segments=np.array(sentences, dtype=np.float64)[:, None])
 
 
-def exact_match(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
+def exact_match(hypotheses: Sequence[str], references: Sequence[str], lowercase: bool = False) -> Score:
     """Percentage of outputs equal to the reference, white space at both ends aside; Wilson interval.
+
+    `lowercase`: see `bleu`.
 
     Raises:
         DataError: nothing to score, or sides of unequal length.
     """
     size = _paired(hypotheses, references)
+    if lowercase:
+        hypotheses, references = ([text.lower() for text in side] for side in (hypotheses, references))
     hits = [h.strip() == r.strip() for h, r in zip(hypotheses, references, strict=True)]
-    return _proportion("exact_match", hits, size)
+    score = _proportion("exact_match", hits, size)
+    return replace(score, signature=f"{score.signature}|case:lc") if lowercase else score
 
 
 def accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> Score:

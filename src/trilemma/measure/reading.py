@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trilemma.config import RunConfig
 from trilemma.data import Tokenizer
-from trilemma.errors import CapabilityError, CheckpointError, LengthError
+from trilemma.errors import CapabilityError, CheckpointError, DataError, LengthError
 from trilemma.measure.answers import Answer, find_answers
 from trilemma.measure.calibration import at_temperature
 from trilemma.measure.classes import class_log_probabilities
@@ -22,10 +22,24 @@ from trilemma.runs import RunDirectory
 
 @dataclass(frozen=True)
 class Classified:
-    """A label with the probabilities of all classes, in the order of their ids."""
+    """A label with the probabilities of all classes, in the order of their ids.
+
+    `unknown`: tokens of the text that stand for what the vocabulary does not have.
+    """
 
     label: str
     probabilities: dict[str, float]
+    unknown: int = 0
+
+
+def require_list(lines: object) -> None:
+    """Refuses one text where a list of texts belongs: its characters would be taken for texts.
+
+    Raises:
+        DataError: it is a string.
+    """
+    if isinstance(lines, str):
+        raise DataError("a list of texts is needed, found one text; put it in brackets: [text]")
 
 
 class Reader:
@@ -72,6 +86,7 @@ class Reader:
             CapabilityError: the run is no classifier.
             LengthError: a line is longer than the model allows; names the line.
         """
+        require_list(lines)
         names = self.config.data.labels
         if self.config.data.task != "classification" or names is None:
             raise CapabilityError(f"this run's task is {self.config.data.task}, not classification")
@@ -87,7 +102,10 @@ class Reader:
         if not raw and self.temperature is not None:
             found = at_temperature(found, self.temperature)
         return [
-            Classified(names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True))) for row in np.exp(found)
+            Classified(
+                names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True)), self.tokenizer.count_unknown(ids)
+            )
+            for row, ids in zip(np.exp(found), rows, strict=True)
         ]
 
     def embed(
@@ -106,6 +124,7 @@ class Reader:
             ConfigError, CapabilityError: a pooling that does not exist, or that the layout has not.
             LengthError: a line is longer than the model's positions; names the line.
         """
+        require_list(lines)
         return text_vectors(
             self.model,
             self.tokenizer,

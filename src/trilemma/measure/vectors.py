@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trilemma.config import RunConfig
 from trilemma.data import Tokenizer
-from trilemma.decode import Prompts, Request, collate, plan_batches
+from trilemma.decode import Prompts, Request, collate, plan_batches, require_numbers
 from trilemma.errors import CapabilityError, ConfigError, LengthError, nearest
 from trilemma.models import SequenceModel
 
@@ -77,7 +77,7 @@ def text_vectors(
         batch = collate([requests[i] for i in chosen], tokenizer.pad, device)
         lengths = torch.tensor([len(rows[i]) for i in chosen], device=device)
         hidden = model.encode(batch.inputs, batch.lengths).double()
-        result[chosen] = _pooled(hidden, lengths, pooling).cpu().numpy()
+        result[chosen] = require_numbers(_pooled(hidden, lengths, pooling)).cpu().numpy()
     if normalise:
         result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return result
