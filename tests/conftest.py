@@ -30,6 +30,7 @@ from trilemma.laws.oracles import Agreement, write_shipped
 
 SEED_VARIABLE = "TRILEMMA_SEED"
 RECORD_VARIABLE = "TRILEMMA_RECORD_ORACLES"
+TURNS_VARIABLE = "TRILEMMA_TURNS"
 AGREEMENTS: list[Agreement] = []
 
 _SLOW_MACHINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -59,16 +60,27 @@ SLOW_FILES = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the slow files' tests."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the slow files' tests, and deselects those whose turn it is not."""
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)) in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+    if os.environ[TURNS_VARIABLE] == "1":
+        places = enumerate(items, start=int(os.environ[SEED_VARIABLE]))
+        waiting = [item for place, item in places if any(place % mark.args[0] for mark in item.iter_markers("turns"))]
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in set(waiting)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The controller draws the seed once; the workers of pytest-xdist inherit it through the environment."""
+    """The controller decides on the seed and on turns once; the workers of pytest-xdist inherit the environment.
+
+    Turns are taken where all tests are asked for: what somebody names is run.
+    """
     os.environ.setdefault(SEED_VARIABLE, str(secrets.randbelow(2**31)))
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    turns = everything and os.environ.get("TRILEMMA_LAWS") != "full"
+    os.environ.setdefault(TURNS_VARIABLE, str(int(turns)))
     settings.load_profile(os.environ.get("TRILEMMA_LAWS", "ci"))
 
 

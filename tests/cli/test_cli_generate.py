@@ -260,6 +260,7 @@ def peak_kib(run: Path, lines: int, *arguments: str) -> int:
     return int(message.rsplit("peak", 1)[1])
 
 
+@pytest.mark.turns(3)
 @pytest.mark.slow
 def test_a_hundred_thousand_lines_stream_in_bounded_memory(make_run: MakeRun) -> None:
     run = make_run(

@@ -40,6 +40,7 @@ def test_a_study_plans_each_candidate(capsys: pytest.CaptureFixture[str]) -> Non
     assert found[1]["parameters"]["non_embedding"] == pytest.approx(found[0]["parameters"]["non_embedding"], rel=0.02)
 
 
+@pytest.mark.turns(2)
 def test_a_matrix_plans_each_task(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, str(RECIPES / "probes.yaml"), "--on", "A100", "--json")
     assert code == 0

@@ -384,6 +384,7 @@ def test_mistakes_at_the_command_line(
     assert captured.out == ""
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 def test_a_study_killed_half_way_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Real processes and a real kill -9, in the middle of a run; weights and results are those of a quiet study."""

@@ -249,6 +249,7 @@ def test_closing_waits_and_begins_nothing_more() -> None:
     assert len(begun) < 41 or go.is_set()
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 def test_two_workers_train_what_one_does(tmp_path: Path) -> None:
     """Real processes; their progress is in files, and the weights are those of a study with one worker."""

@@ -23,6 +23,8 @@ sys.argv.pop(0)
 runpy.run_path(sys.argv[0])
 """
 
+THOROUGH = [pytest.mark.slow, pytest.mark.turns(3)]
+
 
 def export(run: LoadedRun, path: Path, **options: Any) -> dict[str, Any]:
     with new_folder(path) as folder:
@@ -34,9 +36,9 @@ def export(run: LoadedRun, path: Path, **options: Any) -> dict[str, Any]:
     [
         ("encoder-decoder", "attention"),
         ("decoder-only", ["gru", "attention"]),
-        pytest.param("encoder-decoder", "retention", marks=pytest.mark.slow),
-        pytest.param("decoder-only", ["gated_deltanet", "mamba2"], marks=pytest.mark.slow),
-        pytest.param("decoder-only", ["rwkv7", "mlstm"], marks=pytest.mark.slow),
+        pytest.param("encoder-decoder", "retention", marks=THOROUGH),
+        pytest.param("decoder-only", ["gated_deltanet", "mamba2"], marks=THOROUGH),
+        pytest.param("decoder-only", ["rwkv7", "mlstm"], marks=THOROUGH),
     ],
 )
 def test_the_same_tokens_without_this_package_and_torch(layout: str, mixer: Any, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def same_outputs(run: LoadedRun, folder: Path, elsewhere: Elsewhere) -> None:
     assert len(set(ours)) > 1, "the outputs depend on the input"
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MIXERS]
 )
@@ -101,6 +102,7 @@ def test_a_step_of_every_mixer_runs_without_this_package(name: str, tmp_path: Pa
     same_outputs(run, tmp_path / "out", elsewhere)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("name", ["attention", "gru", "retention", "mamba"])
 def test_an_encoder_is_a_program_of_its_own(name: str, tmp_path: Path, elsewhere: Elsewhere) -> None:
     run = make_run("encoder-decoder", STACKS.get(name, name))

@@ -235,6 +235,7 @@ def probe(train: Any, **overrides: Any) -> RunConfig:
     return config_of("decoder-only", data={"task": "probe", "train": train}, **values)
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("train", [MIXED, STRINGS, WORDS], ids=["mixture", "strings", "words"])
 def test_a_probe_is_planned_as_it_is_prepared(train: Any, tmp_path: Path) -> None:
     """Vocabulary, padded tokens and labels of a micro-batch: the mean of an epoch's."""

@@ -26,6 +26,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 def test_kill_at_random_instants(
     runner: Any, tiny_config: Tiny, run_contents: Contents, session_seed: int, capsys: pytest.CaptureFixture[str]

@@ -18,6 +18,7 @@ Tiny = Callable[..., dict[str, Any]]
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 def test_signals_at_random_instants(
     runner: Any, tiny_config: Tiny, session_seed: int, capsys: pytest.CaptureFixture[str], run_contents: Any

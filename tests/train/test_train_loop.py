@@ -275,7 +275,7 @@ def test_validations_longer_than_training_are_named_and_may_be_sampled(
     monkeypatch.setattr("trilemma.train.loop._LONG_VALIDATION", 0.0)
     config = tiny_config("decoder-only")
     config["data"] |= {"task": "language-model", "train": {"generated": "copy", "size": 300}}
-    config["data"]["valid"]["size"] = 3000
+    config["data"]["valid"]["size"] = 300
     train(config, out=tmp_path / "all")
     said = capsys.readouterr().err
     assert said.count("training.validate_tokens takes a sample, training.validate_every validates less often") == 1

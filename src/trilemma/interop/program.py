@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trilemma.config import RunConfig
 from trilemma.errors import CapabilityError, ConfigError, LawError
-from trilemma.interop.target import ExportOptions
+from trilemma.interop.target import ExportOptions, tokenizer_file
 from trilemma.mixers.cross_attention import Memory
 from trilemma.models import ModelState, SequenceModel
 from trilemma.models.layouts import EncoderDecoder
@@ -106,7 +106,8 @@ def make_programs(run: LoadedRun, options: ExportOptions) -> Programs:
     """The functions of a run's model, with example inputs.
 
     Raises:
-        CapabilityError: an encoder-only model, one that reads a prefix, or a State that keeps books in Python.
+        CapabilityError: an encoder-only model, one that reads a prefix, a State that keeps books in Python, a tokenizer
+            of several files.
         ConfigError: a size beyond the model's positions, or one that this model does not have.
     """
     model, config = run.model, run.config
@@ -114,6 +115,7 @@ def make_programs(run: LoadedRun, options: ExportOptions) -> Programs:
         raise CapabilityError("an encoder-only model has no decoding step to export")
     if config.model.prefix:
         raise CapabilityError("model.prefix: the prompt is read whole, in both directions; a step reads one token")
+    tokenizer_file(run.tokenizer)  # refused now, not after minutes of tracing
     model.requires_grad_(False)  # with autograd on but nothing to differentiate, no State is written in place
     sizes = _sizes(run, options)
     rows = sizes.rows or 2

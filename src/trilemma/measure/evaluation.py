@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,18 +10,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trilemma.config import DataConfig, DecodingConfig, RunConfig
+from trilemma.config import DecodingConfig, RunConfig
 from trilemma.data import IGNORE, UNSCORED, Dataset, Tokenizer
 from trilemma.data.languages import is_unspaced
 from trilemma.data.questions import Question
-from trilemma.decode import AnyModel, Prompts, Request, TooLong, require_numbers, write
-from trilemma.errors import CapabilityError, ConfigError, DataError, LengthError, nearest
+from trilemma.decode import AnyModel, Prompts, Request, require_numbers
+from trilemma.errors import CapabilityError, ConfigError, DataError, nearest
 from trilemma.measure import answers, quality
 from trilemma.measure.answers import find_answers
 from trilemma.measure.calibration import BINS, at_temperature, calibration_error
 from trilemma.measure.classes import class_log_probabilities
 from trilemma.measure.forced import forced_nats
-from trilemma.measure.quality import Array, Score
+from trilemma.measure.quality import Score
+from trilemma.measure.scores import check_positions, likelihood_scores, make_outputs, output_scores, unknown_note
 from trilemma.measure.texts import questions_of
 from trilemma.models import SequenceModel
 
@@ -185,99 +185,28 @@ def score_texts(
     scores: list[Score] = []
     hypotheses: list[str] = []
     source_ids = tokenizer.encode_batch(sources)
-    notes = _unknown("sources", tokenizer, source_ids)
+    notes = unknown_note("sources", tokenizer, source_ids)
     if any(metric in OUTPUT_METRICS for metric in wanted):
-        hypotheses, about = _outputs(model, prompts, sources, decoding or config.decoding, split, device)
+        hypotheses, about = make_outputs(model, prompts, sources, decoding or config.decoding, split, device)
         notes += about
-        scores += _output_scores(hypotheses, targets, config.data, wanted, notes)
+        scores += output_scores(hypotheses, targets, config.data, wanted, notes)
     if any(metric in LIKELIHOOD_METRICS for metric in wanted):
         target_ids = tokenizer.of_targets().encode_batch(targets)
         contexts = [prompts.context(ids) for ids in source_ids]
-        _check_positions(config, contexts, target_ids, split)
+        check_positions(config, contexts, target_ids, split)
         ended = [[*ids, tokenizer.eos] for ids in target_ids]
         nats = forced_nats(
             model, contexts, ended, pad=tokenizer.pad, device=device, batch_tokens=LIKELIHOOD_BATCH_TOKENS
         )
         sizes = np.array([len(text.encode()) for text in targets])
         unknown = sum(map(tokenizer.count_unknown, target_ids))
-        notes += _unknown("targets", tokenizer, target_ids)
-        scores += _likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted, unknown)
+        notes += unknown_note("targets", tokenizer, target_ids)
+        scores += likelihood_scores(nats, np.array([len(ids) for ids in ended]), sizes, wanted, unknown)
     return _with_intervals(Evaluation(split, scores, list(sources), list(targets), hypotheses, notes))
 
 
 def _with_intervals(evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, scores=[quality.with_interval(score) for score in evaluation.scores])
-
-
-def _outputs(
-    model: AnyModel,
-    prompts: Prompts,
-    sources: Sequence[str],
-    decoding: DecodingConfig,
-    split: str,
-    device: torch.device | str,
-) -> tuple[list[str], list[str]]:
-    """The best output of each source, empty for empty ones, and notes."""
-    decoding = decoding.model_copy(update={"n_best": 1, "alignments": None})
-    requests = []
-    for request in prompts.requests(sources, decoding, beyond_training=True):
-        if isinstance(request, TooLong):
-            raise LengthError(f"{split}: line {request.index + 1}: {request}")
-        if sources[request.index].strip():
-            requests.append(request)
-    texts = [sources[request.index] for request in requests]
-    results = write(model, prompts, requests, texts, decoding, device)
-    outputs = [""] * len(sources)
-    cut, acted = 0, Counter[str]()
-    for request, written in zip(requests, results, strict=True):
-        outputs[request.index] = written[0].text
-        cut += not written[0].hypothesis.finished
-        acted.update(written[0].hypothesis.acted)
-    notes = [f"{cut} of {len(sources)} outputs were cut at the length limit"] if cut else []
-    notes += [f"decoding.{key} acted on {count} of {len(sources)} outputs" for key, count in acted.items()]
-    return outputs, notes
-
-
-def _output_scores(
-    hypotheses: list[str], references: Sequence[str], data: DataConfig, wanted: Sequence[str], notes: list[str]
-) -> list[Score]:
-    scores, lowercase = [], data.lowercase
-    if "bleu" in wanted:
-        scores.append(quality.bleu(hypotheses, references, data.target_language, data.bleu_tokenizer, lowercase))
-        reason = quality.bleu_tokenizer(data.target_language).reason
-        if data.bleu_tokenizer == "auto" and reason:
-            notes.append(f"BLEU is counted over {reason}")
-    if "chrf" in wanted:
-        scores.append(quality.chrf(hypotheses, references, lowercase))
-    if "exact_match" in wanted:
-        scores.append(quality.exact_match(hypotheses, references, lowercase))
-    return scores
-
-
-def _unknown(what: str, tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The note on text that the tokenizer does not know, if there is any."""
-    tokens, lines = (
-        sum(counts) for counts in zip(*((n, n > 0) for n in map(tokenizer.count_unknown, rows)), strict=True)
-    )
-    if not tokens:
-        return []
-    return [f"{what}: {tokens:,} token(s) on {lines:,} line(s) stand for text that the tokenizer does not know"]
-
-
-def _likelihood_scores(
-    nats: Array, tokens: Array, sizes: Array, wanted: Sequence[str], unknown: int = 0
-) -> list[Score]:
-    """Loss, perplexity and bits per byte. Where the scored text holds `unknown` tokens the signature says so: what they
-    stand for is not scored, and no tokenizer's score can be compared with these."""
-    makers: dict[str, Callable[[], Score]] = {
-        "loss": lambda: quality.loss(nats, tokens),
-        "perplexity": lambda: quality.perplexity(nats, tokens),
-        "bits_per_byte": lambda: quality.bits_per_byte(nats, sizes),
-    }
-    scores = [make() for metric, make in makers.items() if metric in wanted]
-    if not unknown:
-        return scores
-    return [replace(score, signature=f"{score.signature}|unknown:{unknown}") for score in scores]
 
 
 def _score_documents(
@@ -305,12 +234,12 @@ def _score_documents(
             targets.append(unit[start + 1 : start + 1 + length])
             contexts.append(Request([unit[start]], 1))
             shares.append(size * len(targets[-1]) / (len(unit) - 1))
-    _check_positions(prompts.config, contexts, [target[:-1] for target in targets], split)
+    check_positions(prompts.config, contexts, [target[:-1] for target in targets], split)
     nats = forced_nats(model, contexts, targets, pad=tokenizer.pad, device=device, batch_tokens=LIKELIHOOD_BATCH_TOKENS)
     unknown = sum(map(tokenizer.count_unknown, rows))
     sizes = np.array([len(target) for target in targets])
-    scores = _likelihood_scores(nats, sizes, np.array(shares), wanted, unknown)
-    return scores, _unknown("text", tokenizer, rows)
+    scores = likelihood_scores(nats, sizes, np.array(shares), wanted, unknown)
+    return scores, unknown_note("text", tokenizer, rows)
 
 
 def _score_classes(
@@ -332,7 +261,7 @@ def _score_classes(
         if label not in names:
             raise DataError(f'{split}: line {number}: unknown label "{label}"{nearest(label, names)}')
     rows = tokenizer.encode_batch(texts)
-    _check_positions(config, [Request([0, 0], 1)] * len(rows), rows, split)
+    check_positions(config, [Request([0, 0], 1)] * len(rows), rows, split)
     log_probabilities = class_log_probabilities(model, tokenizer, rows, device=device)
     predicted = [names[index] for index in log_probabilities.argmax(1)]
     ids = np.array([names.index(label) for label in labels])
@@ -344,7 +273,7 @@ def _score_classes(
         if metric in wanted and chosen is not None:
             error = calibration_error(at_temperature(log_probabilities, chosen), ids)
             scores.append(Score(metric, error, f"bins:{BINS}|temperature:{chosen:.4g}", len(ids)))
-    return Evaluation(split, scores, list(texts), list(labels), predicted, _unknown("texts", tokenizer, rows))
+    return Evaluation(split, scores, list(texts), list(labels), predicted, unknown_note("texts", tokenizer, rows))
 
 
 def score_questions(
@@ -402,7 +331,7 @@ def _score_masked(
         tokens.append((batch.labels != IGNORE).sum(1).numpy())
     training = dataset.config.training
     signature = f"unit:masked-token|fraction:{training.mask_fraction:g}|masking:{training.masking}"
-    scores = _likelihood_scores(np.concatenate(nats), np.concatenate(tokens), np.ones(1), wanted)
+    scores = likelihood_scores(np.concatenate(nats), np.concatenate(tokens), np.ones(1), wanted)
     return Evaluation(split, [replace(score, signature=signature) for score in scores], [], [], [])
 
 
@@ -437,16 +366,3 @@ def _score_probe(
         "loss": lambda: replace(quality.loss(nats, counts), signature="unit:nats-per-label"),
     }
     return Evaluation(split, [makers[metric]() for metric in wanted], sources, references, said)
-
-
-def _check_positions(
-    config: RunConfig, contexts: Sequence[Request], targets: Sequence[Sequence[int]], split: str
-) -> None:
-    """Every text must fit the model's positions."""
-    positions = config.model.max_length
-    if positions is None:
-        return
-    for number, (context, target) in enumerate(zip(contexts, targets, strict=True), start=1):
-        longest = max(len(context.prompt) + len(target), len(context.source or ()))
-        if longest > positions:
-            raise LengthError(f"{split}: line {number}: {longest} tokens, more than model.max_length = {positions}")
